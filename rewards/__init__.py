@@ -1,0 +1,15 @@
+"""What makes a completion good. A reward is one function:
+
+    def my_reward(completions, answer, **columns) -> list[float | None]
+
+with TRL's calling convention: `prompts`, `completions`, `completion_ids` and every data column as keyword arguments, one
+entry per completion. `None` means "this reward does not apply or cannot tell", never "wrong", which is 0.0.
+This package imports nothing of `sail_rl`.
+"""
+
+from rewards.accuracy import accuracy_reward
+from rewards.format import format_reward
+
+BUILT_IN = {"accuracy": accuracy_reward, "format": format_reward}
+
+__all__ = ["BUILT_IN", "accuracy_reward", "format_reward"]

@@ -1,0 +1,82 @@
+"""From a recipe entry to a function: a built-in name, or `path/file.py:name`."""
+
+import difflib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rewards import BUILT_IN
+
+
+class RewardError(Exception):
+    """A reward that cannot be used; the text names it and says what to change."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward function with its place in the mix."""
+
+    name: str
+    function: Callable[..., Any]
+    weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """The recipe entry's own keys, passed on at every call."""
+
+
+def load_reward(function: str, name: str, weight: float, arguments: Mapping[str, Any]) -> Reward:
+    """Find the function and check that it takes the entry's keys; raises RewardError."""
+    found = load_from_file(function) if ":" in function else load_built_in(function)
+    check_arguments(function, found, arguments)
+    return Reward(name, found, weight, arguments)
+
+
+def load_built_in(name: str) -> Callable[..., Any]:
+    """One of the rewards of this package."""
+    if name not in BUILT_IN:
+        near = difflib.get_close_matches(name, BUILT_IN, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise RewardError(
+            f"reward {name!r}: no such built-in; {hint}built in are {', '.join(BUILT_IN)}; "
+            "your own is named path/file.py:name"
+        )
+    return BUILT_IN[name]
+
+
+def load_from_file(function: str) -> Callable[..., Any]:
+    """`path/file.py:name`, the path relative to where the run is started."""
+    file, _, name = function.rpartition(":")
+    if not Path(file).is_file():
+        raise RewardError(f"reward {function!r}: there is no file {Path(file).resolve()}")
+    spec = importlib.util.spec_from_file_location(f"reward_file_{Path(file).stem}", file)
+    if spec is None or spec.loader is None:
+        raise RewardError(f"reward {function!r}: {file} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's file may fail in any way while it is imported
+        raise RewardError(f"reward {function!r}: {file} fails to import: {describe(error)}") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        functions = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"]
+        raise RewardError(f"reward {function!r}: {file} has no function {name!r}; it has: {', '.join(functions)}")
+    return found
+
+
+def check_arguments(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """A recipe key that the function does not name is a misspelt key, not a data column."""
+    known = list(inspect.signature(function).parameters)
+    for key in arguments:
+        if key not in known:
+            near = difflib.get_close_matches(key, ["function", "weight", *known], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise RewardError(f"reward {name!r}: unknown key {key!r}{hint} (the function's own: {', '.join(known)})")
+
+
+def describe(error: BaseException) -> str:
+    """One line: what was raised, and where in the user's code."""
+    frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"

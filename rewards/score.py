@@ -1,0 +1,125 @@
+"""Scoring one step's completions: every reward called, its answers checked, failures told apart from zeros.
+
+A reward that returns None for a whole group does not apply to it, and its term is left out there. A reward that returns
+None for some members, or fails, masks those completions: they train nothing, rather than count as wrong.
+"""
+
+import asyncio
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rewards.load import Reward, RewardError, describe
+
+MOST_FAILED = 0.05  # share of completions that a reward may fail on before the run stops
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of N completions."""
+
+    totals: list[float | None]
+    """Weighted sums; None where a reward could not tell."""
+    parts: dict[str, list[float | None]]
+    """Each reward's own values."""
+    failed: dict[str, list[bool]]
+    """Completions that a reward raised on or gave no number for."""
+    errors: list[str]
+    """What was raised, in words."""
+
+
+def score(rewards: Sequence[Reward], columns: Mapping[str, Sequence[Any]], group_size: int) -> Scores:
+    """Call every reward on all completions and mix. `columns` holds `completions`, `prompts` and the data's columns."""
+    parts, failed, errors = {}, {}, []
+    for reward in rewards:
+        values, broken, messages = call_safely(reward, columns, group_size)
+        parts[reward.name], failed[reward.name] = values, broken
+        errors += messages
+    return Scores(mix(rewards, parts, failed, group_size), parts, failed, errors)
+
+
+def call_safely(reward: Reward, columns: Mapping[str, Any], group_size: int):
+    """Values, failures and messages of one reward. When the whole batch fails, groups are tried one by one."""
+    count = len(columns["completions"])
+    try:
+        return call(reward, columns), [False] * count, []
+    except Exception as error:  # whatever the user's code raises must not end the run
+        first = f"reward {reward.name!r}: {describe(error)}"
+    values: list[float | None] = []
+    failed: list[bool] = []
+    for start in range(0, count, group_size):
+        group = {key: cut(value, start, group_size, count) for key, value in columns.items()}
+        try:
+            values += call(reward, group)
+            failed += [False] * group_size
+        except Exception:  # counted through `failed`
+            values += [None] * group_size
+            failed += [True] * group_size
+    return values, failed, [first]
+
+
+def cut(value: Any, start: int, size: int, count: int) -> Any:
+    """One group's part of a column; what is not a column (trainer_state) stays whole."""
+    return value[start : start + size] if isinstance(value, list) and len(value) == count else value
+
+
+def call(reward: Reward, columns: Mapping[str, Any]) -> list[float | None]:
+    """Call the function and check what it returns; raises RewardError on a wrong length or type."""
+    returned = reward.function(**columns, **reward.arguments)
+    if inspect.iscoroutine(returned):
+        returned = asyncio.run(returned)
+    count = len(columns["completions"])
+    if not isinstance(returned, list | tuple):
+        raise RewardError(f"must return a list of {count} numbers, not {type(returned).__name__}")
+    if len(returned) != count:
+        raise RewardError(f"returned {len(returned)} values for {count} completions")
+    return [check_value(value, number) for number, value in enumerate(returned)]
+
+
+def check_value(value: Any, number: int) -> float | None:
+    """A finite number, or None."""
+    if value is None:
+        return None
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise RewardError(f"value {number} is {value!r}; a reward is a number or None")
+    if not math.isfinite(float(value)):
+        raise RewardError(f"value {number} is {float(value)}; a reward is a finite number or None")
+    return float(value)
+
+
+def mix(rewards: Sequence[Reward], parts, failed, group_size: int) -> list[float | None]:
+    """The weighted sum of each completion."""
+    totals: list[float | None] = []
+    count = len(next(iter(parts.values())))
+    for start in range(0, count, group_size):
+        members = range(start, start + group_size)
+        applying = [
+            reward
+            for reward in rewards
+            if any(parts[reward.name][i] is not None or failed[reward.name][i] for i in members)
+        ]
+        totals += [weighted_sum([(r.weight, parts[r.name][i]) for r in applying]) for i in members]
+    return totals
+
+
+def weighted_sum(terms: list[tuple[float, float | None]]) -> float | None:
+    """None when no reward applies or one of those that do could not tell."""
+    if not terms:
+        return None
+    total = 0.0
+    for weight, value in terms:
+        if value is None:
+            return None
+        total += weight * value
+    return total
+
+
+def try_rewards(rewards: Sequence[Reward], columns: Mapping[str, Any]) -> None:
+    """Call each reward once on a sample, so that what is broken stops the run before it starts."""
+    for reward in rewards:
+        try:
+            call(reward, columns)
+        except Exception as error:
+            raise RewardError(f"reward {reward.name!r} fails on a sample of the data: {describe(error)}") from error

@@ -1,0 +1,64 @@
+"""Who writes the completions. An engine turns prompts into rollouts and takes new weights between steps.
+
+This package imports nothing of `sail_rl`. A new engine is a new file here that follows `RolloutEngine`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question as the model reads it; its group of completions shares it."""
+
+    id: str
+    """The row it comes from."""
+    token_ids: list[int]
+    """Chat template applied, image placeholders expanded to one token per image feature."""
+    images: tuple[Image.Image, ...] = ()
+    """The pictures, decoded, in the order of their placeholders."""
+    model_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What the processor made of the pictures: `pixel_values` [tiles, 3, height, width] and the like."""
+    seed: int = 0
+    """Position in the data stream: sampling depends on it, and not on how prompts are batched or sharded."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    max_completion_length: int
+    temperature: float = 1.0
+    """0 takes the most likely token."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion of one prompt."""
+
+    token_ids: list[int]
+    """Sampled tokens, the end token included when it was reached."""
+    log_probs: list[float]
+    """The engine's log-probability of each sampled token, at the sampling temperature."""
+    text: str
+    """Decoded without special tokens."""
+    finish_reason: Literal["stop", "length"]
+    weight_version: int
+    """Optimizer steps that the weights had seen."""
+
+
+class RolloutEngine(Protocol):
+    """What the trainer needs of an engine."""
+
+    def generate(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> list[Rollout]:
+        """`group_size` completions of every prompt, groups together, in the order of the prompts."""
+        ...
+
+    def load_weights(self, parameters: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Take the trainer's newest weights."""
+        ...

@@ -1,0 +1,89 @@
+"""Saving and going on. A checkpoint is an ordinary transformers folder with `trainer_state.pt` beside the weights.
+
+A folder is written under a temporary name and renamed when complete, so any `step_N` that exists is whole.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from sail_rl.config import ModelSection
+from sail_rl.launch import Run
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, beside weights and optimizer. Sampling, data order and schedules follow from these."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    data_position: int = 0
+    """Rows of data.train read, bad ones included."""
+    seconds: float = 0.0
+    """Training time so far, without evaluation and saving."""
+    completions_scored: int = 0
+    reward_failures: dict[str, int] = field(default_factory=dict)
+    """Completions that each reward failed on."""
+
+    def after(self, **changes) -> "Progress":
+        """The same with some numbers changed."""
+        return replace(self, **changes)
+
+
+def full_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every weight, for an engine to load."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter.detach()
+
+
+def save_checkpoint(run: Run, model, processor, optimizer, progress: Progress) -> None:
+    """Write `checkpoints/step_N` and drop the oldest beyond `trainer.save_total_limit`."""
+    if run.is_main and progress.step:
+        target = run.folder / "checkpoints" / f"step_{progress.step}"
+        temporary = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        save_model(temporary, model, processor)
+        torch.save({"optimizer": optimizer.state_dict(), "progress": asdict(progress)}, temporary / "trainer_state.pt")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        for old in list_checkpoints(run.folder)[: -run.recipe.trainer.save_total_limit]:
+            shutil.rmtree(old)
+    run.accelerator.wait_for_everyone()
+
+
+def save_model(folder: Path, model, processor) -> None:
+    """The model and its processor as transformers loads them."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = (run_folder / "checkpoints").glob("step_*")
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
+def latest_checkpoint(run_folder: Path) -> Path | None:
+    """Where a run goes on from, if it has begun."""
+    return (list_checkpoints(run_folder) or [None])[-1]
+
+
+def resume_from(section: ModelSection, checkpoint: Path | None) -> ModelSection:
+    """The recipe's model section, with the checkpoint's weights when there is one."""
+    if checkpoint is None:
+        return section
+    print(f"going on from {checkpoint}", flush=True)
+    return section.model_copy(update={"path": str(checkpoint), "random_init": None})
+
+
+def load_progress(checkpoint: Path | None, optimizer) -> Progress:
+    """Put the optimizer back and say where the run stands. Weights are loaded with the model."""
+    if checkpoint is None:
+        return Progress()
+    state = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    return Progress(**state["progress"])

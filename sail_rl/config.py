@@ -1,0 +1,254 @@
+"""The recipe: every section, every key, and its meaning. One strict YAML file describes one run.
+
+Nothing here imports torch, so that `--help`, `--dry-run` and mistakes are answered at once.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, unknown keys are mistakes, values are not coerced."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(Section):
+    """What is trained."""
+
+    path: str | None = None
+    """A checkpoint folder or a Hub id."""
+    random_init: Literal["tiny"] | None = None
+    """Instead of a path: fresh weights of this size, with a tokenizer for the built-in picture task."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights; matrix products follow `trainer.mixed_precision`."""
+    freeze: list[Literal["tower", "adapter", "llm"]] = []
+    """Parts that are not trained."""
+    max_tiles: Annotated[int, Field(ge=1)] | None = None
+    """Most tiles a picture is cut into; the checkpoint's own value when left out."""
+
+    @model_validator(mode="after")
+    def one_origin(self):
+        if (self.path is None) == (self.random_init is None):
+            raise ValueError("give exactly one of `path` and `random_init`")
+        return self
+
+
+FAMILIES = ("cards", "shapes", "bars", "path", "geometry")
+
+
+class PictureSource(Section):
+    """The built-in picture task: drawn on demand, endless, nothing to download."""
+
+    source: Literal["pictures"] = "pictures"
+    families: Annotated[list[Literal["cards", "shapes", "bars", "path", "geometry"]], Field(min_length=1)] = [*FAMILIES]
+    levels: Annotated[list[Literal[1, 2, 3]], Field(min_length=1)] = [1, 2, 3]
+    steps: Annotated[list[Literal["direct", "two_step"]], Field(min_length=1)] = ["direct", "two_step"]
+    split: Literal["train", "validation"] | None = None
+    """`train` for data.train and `validation` for data.eval when left out."""
+    rows: Annotated[int, Field(ge=1)] | None = None
+    """How many different rows; endless for training and 400 for evaluation when left out."""
+    seed: int = 0
+
+
+class FileSource(Section):
+    """A local .jsonl or .parquet file; picture paths are relative to the file's folder."""
+
+    source: Literal["file"] = "file"
+    path: str
+
+
+class HubSource(Section):
+    """A dataset of the Hugging Face Hub."""
+
+    source: Literal["hub"] = "hub"
+    path: str
+    """The dataset's id, such as `hiyouga/geometry3k`."""
+    config: str | None = None
+    split: str = "train"
+
+
+def source_kind(value: Any) -> str:
+    """Which kind of source a mapping (or a section) describes."""
+    kind = value.get("source", "") if isinstance(value, dict) else getattr(value, "source", "")
+    return kind if kind in ("pictures", "file", "hub") else "file"
+
+
+Source = Annotated[
+    Annotated[PictureSource, Tag("pictures")] | Annotated[FileSource, Tag("file")] | Annotated[HubSource, Tag("hub")],
+    Discriminator(source_kind),
+]
+
+
+def expand_source(value: Any) -> Any:
+    """Allow `train: rows.jsonl`, `train: pictures` and `train: owner/name` for the mappings they stand for."""
+    if not isinstance(value, str):
+        return value
+    if value == "pictures":
+        return {"source": "pictures"}
+    return {"source": "file" if value.endswith((".jsonl", ".json", ".parquet")) else "hub", "path": value}
+
+
+class DataSection(Section):
+    """Where questions come from and how they are put to the model."""
+
+    train: Source
+    eval: Source | None = None
+    """Questions for the accuracy before, during and after training; none when left out."""
+    columns: dict[str, str] = {}
+    """Our column name -> the dataset's: `{question: problem, answer: gold}`."""
+    thinking: Literal["think", "direct"] = "think"
+    """Answer form that is asked for: reasoning and a boxed answer, or a boxed answer alone."""
+    reasoning: Literal["terse", "wordy"] = "terse"
+    """Which of the picture task's reasoning traces SFT imitates."""
+    max_prompt_length: Annotated[int, Field(ge=1)] = 4096
+    """In tokens, pictures included; a longer prompt is a bad row, never cut."""
+    max_bad_rows: Annotated[int, Field(ge=0)] = 0
+    """Rows that cannot be used are set aside, with id and reason, up to this many; then the run stops."""
+    shuffle: bool = True
+
+    _expand = field_validator("train", "eval", mode="before")(expand_source)
+
+
+class RolloutSection(Section):
+    """Who writes the completions, and how they are sampled. TRL's names where TRL has the key."""
+
+    engine: Literal["hf"] = "hf"
+    prompts_per_step: Annotated[int, Field(ge=1)] = 16
+    num_generations: Annotated[int, Field(ge=1)] = 8
+    """Completions per prompt: the group."""
+    max_completion_length: Annotated[int, Field(ge=1)] = 256
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    """Most completions that the `hf` engine writes at once."""
+
+
+class RewardEntry(BaseModel):
+    """One reward: a built-in name or `path/file.py:name`. Keys beyond these are passed to the function."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    function: Annotated[str, Field(min_length=1)]
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Under which the reward is logged."""
+        return self.function.rsplit(":", 1)[-1]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The entry's own keys."""
+        return dict(self.model_extra or {})
+
+
+class GrpoSection(Section):
+    """The policy loss. TRL's names and meanings."""
+
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
+    epsilon: Annotated[float, Field(gt=0)] = 0.2
+    epsilon_high: Annotated[float, Field(gt=0)] | None = None
+    """Upper clip; `epsilon` when left out."""
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL term to the starting model; 0 keeps no reference model."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    num_iterations: Annotated[int, Field(ge=1)] = 1
+    """Updates per batch of rollouts."""
+
+
+class SftSection(Section):
+    """The supervised loss."""
+
+    samples_per_step: Annotated[int, Field(ge=1)] = 32
+    max_length: Annotated[int, Field(ge=1)] = 4096
+    """Prompt and target together, in tokens; a longer sample is a bad row, never cut."""
+    max_completion_length: Annotated[int, Field(ge=1)] = 256
+    """Most tokens of an answer when accuracy is measured."""
+
+
+class UpdateSection(Section):
+    """How the batch is laid out for the update."""
+
+    mode: Literal["auto", "padded"] = "auto"
+    token_budget: Annotated[int, Field(ge=1)] = 16384
+    """Most tokens, padding included, in one micro-batch; a group is never split."""
+
+
+class OptimSection(Section):
+    """AdamW and its schedule. transformers' names."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The rate at the end, as a share of `learning_rate`."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class TrainerSection(Section):
+    """The run itself."""
+
+    max_steps: Annotated[int, Field(ge=1)]
+    save_every: Annotated[int, Field(ge=1)] = 100
+    save_total_limit: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints that are kept."""
+    eval_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between evaluations; before and after training only when left out."""
+    eval_batch_size: Annotated[int, Field(ge=1)] = 100
+    transcript_every: Annotated[int, Field(ge=1)] = 10
+    """Steps between saved samples of completions, with their pictures."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the newest checkpoint in output_dir; `never` refuses a folder that has a run."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    log_with: list[Literal["tensorboard", "wandb", "trackio"]] = []
+
+
+class CommonRecipe(Section):
+    """What both trainers share."""
+
+    seed: int = 0
+    output_dir: Annotated[str, Field(min_length=1)]
+    model: ModelSection
+    data: DataSection
+    update: UpdateSection = UpdateSection()
+    optim: OptimSection = OptimSection()
+    trainer: TrainerSection
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def expand_model(cls, value: Any) -> Any:
+        """Allow `model: some/path`."""
+        return {"path": value} if isinstance(value, str) else value
+
+
+class GrpoRecipe(CommonRecipe):
+    """A recipe of train_grpo.py."""
+
+    rollout: RolloutSection = RolloutSection()
+    rewards: Annotated[list[RewardEntry], Field(min_length=1)]
+    grpo: GrpoSection = GrpoSection()
+
+    @model_validator(mode="after")
+    def distinct_rewards(self):
+        names = [entry.name for entry in self.rewards]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"rewards: two entries are both logged as {twice[0]!r}; rename one of the functions")
+        return self
+
+    @model_validator(mode="after")
+    def group_has_a_spread(self):
+        if self.rollout.num_generations < 2:
+            raise ValueError("rollout.num_generations = 1: a group needs at least 2 completions to compare")
+        return self
+
+
+class SftRecipe(CommonRecipe):
+    """A recipe of train_sft.py."""
+
+    sft: SftSection = SftSection()

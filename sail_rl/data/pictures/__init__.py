@@ -1,0 +1,117 @@
+"""The built-in picture task: drawn on the fly, seeded, no download.
+
+`picture_row(split, index)` is a pure function of its arguments: question, picture, answer, the scene drawn and two
+reasoning traces. No scene is in both splits, whatever the seeds, and some combinations of asked values are in
+validation alone (`novel` rows). Each family module holds pure functions: sample a scene, ask about it, draw it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from sail_rl.data.pictures import bars, cards, geometry, path, shapes
+from sail_rl.data.pictures.common import Family, Question, Scene, is_novel, rng_for, split_of
+
+__all__ = ["FAMILIES", "LEVELS", "SPLITS", "STEPS", "draw_scene", "picture_row", "question_row", "split_of"]
+
+FAMILIES: dict[str, Family] = {
+    "cards": cards.FAMILY,
+    "shapes": shapes.FAMILY,
+    "bars": bars.FAMILY,
+    "path": path.FAMILY,
+    "geometry": geometry.FAMILY,
+}
+SPLITS, LEVELS, STEPS = ("train", "validation"), (1, 2, 3), ("direct", "two_step")
+NOVEL_EVERY = 10  # validation rows 9, 19, 29, ... ask about kept combinations where they are two-step questions
+TRIES = 5000  # a draw is accepted with a chance of about 1 in 10 at worst, so this is never reached
+
+
+def picture_row(
+    split: str,
+    index: int,
+    *,
+    seed: int = 0,
+    families: Sequence[str] = tuple(FAMILIES),
+    levels: Sequence[int] = LEVELS,
+    steps: Sequence[str] = STEPS,
+    size: int = 112,
+) -> dict[str, Any]:
+    """Row `index` of a split, with its picture of `size` x `size` pixels in `images`."""
+    row = question_row(split, index, seed=seed, families=families, levels=levels, steps=steps)
+    return row | {"images": [draw_scene(row["scene"], size)]}
+
+
+def question_row(
+    split: str,
+    index: int,
+    *,
+    seed: int = 0,
+    families: Sequence[str] = tuple(FAMILIES),
+    levels: Sequence[int] = LEVELS,
+    steps: Sequence[str] = STEPS,
+) -> dict[str, Any]:
+    """The same row without its picture."""
+    for name, given, allowed in (
+        ("split", (split,), SPLITS),
+        ("families", families, FAMILIES),
+        ("levels", levels, LEVELS),
+        ("steps", steps, STEPS),
+    ):
+        if not given or not set(given) <= set(allowed):
+            raise ValueError(f"{name}: got {given!r}, allowed are {list(allowed)}")
+    if index < 0:
+        raise ValueError(f"index: got {index}, allowed are 0 and more")
+    family, level, step = turn(split, index, seed, families, levels, steps)
+    novel = split == "validation" and step == "two_step" and index % NOVEL_EVERY == NOVEL_EVERY - 1
+    form, scene, question = pose(split, index, seed, family, level, step, novel)
+    return {
+        "id": f"{family}-{split}-{seed}-{index}",
+        "question": question.text,
+        "answer": question.answer,
+        "answer_type": question.answer_type,
+        "options": list(question.options) if question.options else None,
+        "difficulty": level,
+        "needs_thinking": step == "two_step",
+        "reasoning": question.reasoning,
+        "reasoning_wordy": question.wordy,
+        "family": family,
+        "form": form,
+        "facts": dict(question.facts),
+        "scene": scene,
+        "novel": novel,
+    }
+
+
+def turn(
+    split: str, index: int, seed: int, families: Sequence[str], levels: Sequence[int], steps: Sequence[str]
+) -> tuple[str, int, str]:
+    """The family, level and step of a row: every block of rows holds each combination once, in a shuffled order."""
+    turns = [(family, level, step) for family in families for level in levels for step in steps]
+    block, place = divmod(index, len(turns))
+    rng_for("block", seed, split, block).shuffle(turns)
+    return turns[place]
+
+
+def pose(
+    split: str, index: int, seed: int, family: str, level: int, step: str, novel: bool
+) -> tuple[str, Scene, Question]:
+    """Form, scene and question of a row: drawn until the scene belongs to the split and the values are as wanted."""
+    rng = rng_for("row", seed, split, index)
+    chosen = FAMILIES[family]
+    form = rng.choice(chosen.forms(level, step))
+    for _ in range(TRIES):
+        scene, targets = chosen.sample(rng, level, form, novel)
+        if split_of(scene) != split:
+            continue
+        question = chosen.ask(scene, form, targets)
+        if is_novel(question.values, chosen.novel) == novel:
+            return form, scene, question
+    raise RuntimeError(f"no {family} scene for form {form}, level {level}, {split}, novel={novel} in {TRIES} draws")
+
+
+def draw_scene(scene: Scene, size: int = 112) -> Image.Image:
+    """The picture of a scene, `size` x `size` pixels; shapes keep to a vision tower's tokens if size is 28 x n."""
+    if size < 56:
+        raise ValueError(f"size: got {size}, allowed are 56 and more")
+    return FAMILIES[scene["family"]].draw(scene, size)

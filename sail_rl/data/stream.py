@@ -1,0 +1,138 @@
+"""The order of rows: shuffled by seed, resumable by one number, the same on every process, without bad rows."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from sail_rl.command_line import BadInput
+from sail_rl.data.example import BadRow, check_row, image_column, make_example, open_image, rename_columns
+from sail_rl.data.sources import ENDLESS, PictureRows, Rows
+
+Item = TypeVar("Item")
+ROWS_CHECKED_AT_START = 20_000
+MISTAKES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This process's part of the work."""
+
+    rank: int = 0
+    world_size: int = 1
+    gather: Callable[[list[Any]], list[Any]] = list
+    """The lists of all processes, joined in the order of their ranks."""
+
+    def slice(self, items: list[Any]) -> list[Any]:
+        """This process's contiguous share."""
+        share = len(items) // self.world_size
+        return items[self.rank * share : (self.rank + 1) * share]
+
+
+class RowStream(Generic[Item]):
+    """An endless stream of prepared rows. `position` is all of its state."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        prepare: Callable[[Any, int], Item],
+        *,
+        columns: dict[str, str],
+        seed: int,
+        shuffle: bool,
+        max_bad_rows: int,
+        quarantine_file: Path | None,
+        shard: Shard,
+    ):
+        self.rows, self.prepare, self.columns = rows, prepare, columns
+        self.seed, self.shuffle, self.max_bad_rows = seed, shuffle, max_bad_rows
+        self.quarantine_file, self.shard = quarantine_file, shard
+        self.position = 0
+        self.bad_rows: dict[int, str] = {}
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def check_rows(self) -> None:
+        """Find at once all rows that lack something, without decoding pictures; larger sources are checked as read."""
+        if isinstance(self.rows, PictureRows):
+            return
+        bad = []
+        for index in range(min(len(self.rows), ROWS_CHECKED_AT_START)):
+            try:
+                row = rename_columns(self.rows.row(index), self.columns)
+                check_row(row)
+                for image in image_column(row):
+                    open_image(image, self.rows.folder)
+            except (BadRow, OSError, ValueError, SyntaxError) as error:
+                bad.append((index, reason_of(error)))
+        self._quarantine(bad)
+
+    def next_items(self, count: int) -> list[Item]:
+        """This process's share of the next `count` good rows."""
+        wanted = [self._next_index() for _ in range(count)]
+        loaded: dict[int, Item] = {}
+        while True:
+            bad = []
+            for position, index in self.shard.slice(wanted):
+                if position not in loaded:
+                    try:
+                        loaded[position] = self._load(position, index)
+                    except BadRow as error:
+                        bad.append((index, str(error)))
+            bad = self.shard.gather(bad)
+            if not bad:
+                return [loaded[position] for position, _ in self.shard.slice(wanted)]
+            self._quarantine(bad)
+            # Every process replaces the same rows, so that all stay at one position.
+            wanted = [self._next_index() if index in self.bad_rows else (place, index) for place, index in wanted]
+
+    def _load(self, position: int, index: int) -> Item:
+        example = make_example(self.rows.row(index), self.row_name(index), self.columns, self.rows.folder)
+        return self.prepare(example, position)
+
+    def _next_index(self) -> tuple[int, int]:
+        """(position, row number) of the next row that is not known to be bad."""
+        if len(self.bad_rows) >= len(self.rows):
+            raise BadInput(f"{self.rows.name}: no usable row is left")
+        while True:
+            epoch, offset = divmod(self.position, len(self.rows))
+            index = int(self._permutation(epoch)[offset]) if self.shuffle and len(self.rows) < ENDLESS else offset
+            self.position += 1
+            if index not in self.bad_rows:
+                return self.position - 1, index
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows)))
+        return self._order[1]
+
+    def row_name(self, index: int) -> str:
+        """How messages name a row without an id: rows of files count from 1."""
+        return f"row {index + 1}"
+
+    def _quarantine(self, bad: list[tuple[int, str]]) -> None:
+        """Set rows aside; stop when there are more than `data.max_bad_rows`."""
+        self.bad_rows.update(bad)
+        if self.quarantine_file and self.shard.rank == 0 and bad:
+            with self.quarantine_file.open("a") as file:
+                file.writelines(json.dumps({"row": i + 1, "id": self._id(i), "reason": why}) + "\n" for i, why in bad)
+        if len(self.bad_rows) > self.max_bad_rows:
+            shown = [f"  row {i + 1} (id {self._id(i)}): {why}" for i, why in sorted(self.bad_rows.items())]
+            more = [f"  and {len(shown) - MISTAKES_SHOWN} more"] if len(shown) > MISTAKES_SHOWN else []
+            raise BadInput(
+                f"{self.rows.name}: {len(shown)} rows cannot be used, and data.max_bad_rows = {self.max_bad_rows}; "
+                "mend or remove them, or raise the limit:\n" + "\n".join(shown[:MISTAKES_SHOWN] + more)
+            )
+
+    def _id(self, index: int) -> str:
+        try:
+            return str(self.rows.row(index).get("id", "-"))
+        except BadRow:
+            return "-"
+
+
+def reason_of(error: Exception) -> str:
+    """Why a row is bad, for errors of Pillow and of the file system too."""
+    return str(error) if isinstance(error, BadRow) else f"an image cannot be read: {error}"

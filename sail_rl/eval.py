@@ -1,0 +1,112 @@
+"""Accuracy on unseen questions: greedy completions, judged by the accuracy and format rewards."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from rewards import accuracy_reward, format_reward
+from rollouts import RolloutEngine, Sampling
+from sail_rl.data.stream import RowStream
+from sail_rl.launch import Run
+from sail_rl.questions import Question, reward_columns, save_pictures
+from sail_rl.run_folder import write_json_lines
+
+Prediction = dict[str, Any]
+KEPT_COLUMNS = ("family", "form", "difficulty", "needs_thinking", "novel", "answer_type", "kind")
+
+
+def evaluate(run: Run, engine: RolloutEngine, stream: RowStream[Question]) -> list[Prediction]:
+    """Answer every question of the stream once; the same list on every process."""
+    shard, count = stream.shard, len(stream.rows)
+    stream.position = 0
+    predictions: list[Prediction] = []
+    sampling = Sampling(completion_limit(run), temperature=0.0)
+    while stream.position < count:
+        wanted = min(run.recipe.trainer.eval_batch_size, count - stream.position)
+        questions = stream.next_items(wanted + -wanted % shard.world_size)
+        # Beyond the end are rows read again: fillers for a last batch that cannot be shared equally.
+        questions = [question for question in questions if question.prompt.seed < count]
+        if questions:
+            rollouts = engine.generate([question.prompt for question in questions], 1, sampling)
+            predictions += judge(questions, rollouts, run.recipe.data.thinking, run.folder)
+    return sorted(shard.gather(predictions), key=lambda prediction: prediction.pop("position"))
+
+
+def judge(questions: list[Question], rollouts, thinking: str, run: Path) -> list[Prediction]:
+    """One prediction per question."""
+    columns = reward_columns(questions, rollouts, run)
+    correct = accuracy_reward(**columns)
+    well_formed = format_reward(**columns, contract=thinking)
+    return [
+        {
+            "position": question.prompt.seed,
+            "id": question.example.id,
+            "question": question.example.question,
+            "answer": question.example.columns["answer"],
+            "completion": rollout.text,
+            "correct": bool(correct[i]),
+            "well_formed": bool(well_formed[i]),
+            "finish_reason": rollout.finish_reason,
+            "length": len(rollout.token_ids),
+            **{name: columns[name][i] for name in KEPT_COLUMNS if name in columns},
+            "images": save_pictures(run, question.example),
+        }
+        for i, (question, rollout) in enumerate(zip(questions, rollouts, strict=True))
+    ]
+
+
+def completion_limit(run: Run) -> int:
+    """Most tokens of an answer: the rollouts' limit, or the longest target of an SFT run."""
+    recipe = run.recipe
+    return recipe.rollout.max_completion_length if hasattr(recipe, "rollout") else recipe.sft.max_completion_length
+
+
+def predictions_once(
+    run: Run, moment: str, engine: RolloutEngine, stream: RowStream[Question] | None
+) -> list[Prediction]:
+    """Evaluate and write `predictions_<moment>.jsonl`; a resumed run reads what it wrote before."""
+    if stream is None:
+        return []
+    file = run.folder / f"predictions_{moment}.jsonl"
+    done = run.shard.gather([file.is_file()])[0]
+    if done and moment == "before":
+        return [json.loads(line) for line in file.read_text().splitlines()]
+    if run.is_main:
+        print(f"evaluating on {len(stream.rows)} questions ({moment} training)", flush=True)
+    predictions = evaluate(run, engine, stream)
+    if run.is_main:
+        write_json_lines(file, predictions)
+        print(f"greedy validation accuracy {moment} training: {share(predictions):.3f}", flush=True)
+    return predictions
+
+
+def accuracy_now(run: Run, step: int, engine: RolloutEngine, stream: RowStream[Question] | None) -> dict[str, Any]:
+    """`eval/accuracy` at the steps that `trainer.eval_every` asks for."""
+    every = run.recipe.trainer.eval_every
+    if stream is None or every is None or step % every:
+        return {}
+    return {"eval/accuracy": share(evaluate(run, engine, stream))}
+
+
+def share(predictions: list[Prediction], key: str = "correct") -> float | None:
+    """The share of predictions for which `key` holds."""
+    return sum(bool(p[key]) for p in predictions) / len(predictions) if predictions else None
+
+
+def summarise(before: list[Prediction], after: list[Prediction]) -> dict[str, Any]:
+    """Accuracies for summary.json, per family where the data has families."""
+    families: dict[str, dict[str, Any]] = defaultdict(dict)
+    for moment, predictions in (("before", before), ("after", after)):
+        for family in sorted({p["family"] for p in predictions if p.get("family")}):
+            members = [p for p in predictions if p.get("family") == family]
+            families[family] |= {moment: share(members), "questions": len(members)}
+    return {
+        "accuracy_before": share(before),
+        "accuracy_after": share(after),
+        "well_formed_before": share(before, "well_formed"),
+        "well_formed_after": share(after, "well_formed"),
+        "accuracy_novel_after": share([p for p in after if p.get("novel")]),
+        "eval_questions": len(after),
+        "families": dict(families),
+    }

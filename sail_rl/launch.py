@@ -1,0 +1,120 @@
+"""What both trainers do around their loops: mistakes, processes and threads, and the end of a run."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from sail_rl.command_line import BadInput, fail, recipe_text
+from sail_rl.config import CommonRecipe
+from sail_rl.data.stream import Shard
+from sail_rl.run_folder import check_run, environment, finished, write_json
+
+RecipeType = TypeVar("RecipeType", bound=CommonRecipe)
+
+
+@dataclass(frozen=True)
+class Run(Generic[RecipeType]):
+    """One run: its recipe, its folder, and this process's place in it."""
+
+    recipe: RecipeType
+    folder: Path
+    accelerator: Any
+    shard: Shard
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the folder's files."""
+        return self.shard.rank == 0
+
+    def highest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        return max(self.shard.gather([number]))
+
+    def sum(self, sums: dict[str, float]) -> dict[str, float]:
+        """Named numbers, added up over all processes."""
+        everyone = self.shard.gather([sums])
+        return {name: sum(one[name] for one in everyone) for name in sums}
+
+
+def run_recipe(train: Callable[[Any], None], recipe: CommonRecipe) -> None:
+    """Run a trainer; a finished run shows its result again, and a user's mistake ends without a traceback."""
+    try:
+        check_run(recipe)
+        summary = finished(recipe)
+        if summary:
+            print(f"{recipe.output_dir} is finished; its result:\n{result_lines(recipe.output_dir, summary)}")
+            return
+        train(recipe)
+    except BadInput as mistake:
+        sys.stdout.flush()
+        fail(mistake)
+
+
+def start_run(recipe: RecipeType) -> Run[RecipeType]:
+    """Processes, threads, seeds, trackers and the run's folder."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+    from accelerate import Accelerator
+    from accelerate.utils import gather_object, set_seed
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    log_with, precision = list(recipe.trainer.log_with) or None, recipe.trainer.mixed_precision
+    accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=recipe.output_dir)
+    share_threads(accelerator)
+    set_seed(recipe.seed)
+    if log_with:
+        accelerator.init_trackers("sail_rl", config=flat(recipe.model_dump(mode="json")))
+    single = accelerator.num_processes == 1
+    shard = Shard() if single else Shard(accelerator.process_index, accelerator.num_processes, gather_object)
+    run = Run(recipe, Path(recipe.output_dir), accelerator, shard)
+    make_folder(run)
+    return run
+
+
+def share_threads(accelerator) -> None:
+    """On a CPU, share the cores out among the processes: launchers set one thread or all, and neither suits."""
+    import torch
+
+    if accelerator.device.type == "cpu":
+        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes_here))
+
+
+def make_folder(run: Run) -> None:
+    """The run's folder with the resolved recipe and the machine's facts."""
+    if run.is_main:
+        for part in ("transcripts", "pictures", "checkpoints"):
+            (run.folder / part).mkdir(parents=True, exist_ok=True)
+        (run.folder / "config.yaml").write_text(recipe_text(run.recipe))
+        write_json(run.folder / "environment.json", environment(run.accelerator))
+    run.accelerator.wait_for_everyone()
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    """Nested keys as dotted ones, which trackers can show."""
+    pairs: dict = {}
+    for key, value in values.items():
+        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+    return pairs
+
+
+def check_divisible(run: Run, key: str, value: int) -> None:
+    """Every process gets the same number of rows."""
+    if value % run.shard.world_size:
+        raise BadInput(f"{key} = {value} cannot be shared by {run.shard.world_size} processes; make it a multiple")
+
+
+def result_lines(output_dir: str, summary: dict) -> str:
+    """The last lines that a run prints."""
+    lines = []
+    before, after, questions = (summary.get(k) for k in ("accuracy_before", "accuracy_after", "eval_questions"))
+    if after is not None:
+        change = f"{before:.3f} -> {after:.3f}" if before is not None else f"{after:.3f}"
+        lines.append(f"greedy validation accuracy on {questions} unseen questions: {change}")
+    lines.append(f"{summary['steps']} steps, {summary['seconds']:.0f} s of training (earlier stages included)")
+    lines.append(f"model: {output_dir}/final   report: {Path(output_dir).resolve() / 'report.html'}")
+    return "\n".join(lines)

@@ -1,0 +1,111 @@
+"""The losses: pure functions, tensors in, loss and sums for the log out.
+
+Suffixes: _B completions, _T tokens of a completion, _V vocabulary. Every loss is a sum over its micro-batch, divided
+by a normaliser of the whole step (all micro-batches and processes), so that the gradient does not depend on how the
+batch was cut. A new loss is a new function here and its name in `config.GrpoSection.loss_type`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PolicyTerms:
+    """How the current policy sees the sampled tokens."""
+
+    log_probs_BT: torch.Tensor
+    """With gradient."""
+    entropy_BT: torch.Tensor
+    """Without gradient."""
+
+
+def token_log_probs(
+    logits_BTV: torch.Tensor,
+    tokens_BT: torch.Tensor,
+    temperature: float = 1.0,
+    suppressed_token_ids: Sequence[int] = (),
+) -> PolicyTerms:
+    """Log-probability of each token and entropy of its distribution, in float32, as the sampler drew it."""
+    logits_BTV = logits_BTV.float()
+    if suppressed_token_ids:
+        logits_BTV = logits_BTV.index_fill(-1, torch.tensor(suppressed_token_ids, device=logits_BTV.device), -torch.inf)
+    all_log_probs_BTV = torch.log_softmax(logits_BTV / temperature, dim=-1)
+    log_probs_BT = all_log_probs_BTV.gather(-1, tokens_BT[..., None])[..., 0]
+    with torch.no_grad():
+        # 0 * log 0 is 0 here: suppressed tokens add nothing.
+        entropy_BT = torch.special.entr(all_log_probs_BTV.exp()).sum(-1)
+    return PolicyTerms(log_probs_BT, entropy_BT)
+
+
+def loss_normaliser(loss_type: str, lengths: Sequence[int], max_completion_length: int) -> float:
+    """What the sum over the whole step is divided by, from the lengths of all its completions.
+
+    Completions of groups that were left out for want of a signal count, so that leaving them out changes nothing.
+    """
+    if loss_type == "grpo":
+        return max(len(lengths), 1)
+    if loss_type == "dr_grpo":
+        return max(len(lengths), 1) * max_completion_length
+    return max(sum(lengths), 1)
+
+
+def policy_loss(
+    log_probs_BT: torch.Tensor,
+    old_log_probs_BT: torch.Tensor,
+    advantages_B: torch.Tensor,
+    mask_BT: torch.Tensor,
+    *,
+    loss_type: str,
+    epsilon: float,
+    epsilon_high: float,
+    normaliser: float,
+    beta: float = 0.0,
+    reference_log_probs_BT: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The clipped policy-gradient loss with an optional KL term; and its sums over tokens for the log.
+
+    `grpo` averages tokens within a completion and then completions; `dapo` averages all tokens of the step;
+    `dr_grpo` divides by a constant, so that length has no influence.
+    """
+    mask_BT = mask_BT.to(log_probs_BT.dtype)
+    advantages_B1 = advantages_B[:, None]
+    ratio_BT = torch.exp(log_probs_BT - old_log_probs_BT)
+    clipped_BT = ratio_BT.clamp(1 - epsilon, 1 + epsilon_high)
+    loss_BT = -torch.min(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
+    sums = {"clipped": masked_sum(is_clipped(ratio_BT, advantages_B1, epsilon, epsilon_high), mask_BT)}
+    if reference_log_probs_BT is not None:
+        kl_BT = kl_estimate(log_probs_BT, reference_log_probs_BT)
+        loss_BT = loss_BT + beta * kl_BT
+        sums["kl"] = masked_sum(kl_BT, mask_BT)
+    weights_BT = mask_BT
+    if loss_type == "grpo":
+        weights_BT = mask_BT / mask_BT.sum(1, keepdim=True).clamp(min=1)
+    return (loss_BT * weights_BT).sum() / normaliser, sums
+
+
+def is_clipped(ratio_BT: torch.Tensor, advantages_B1: torch.Tensor, epsilon: float, epsilon_high: float):
+    """Tokens whose gradient the clip removes."""
+    too_low_BT = (ratio_BT < 1 - epsilon) & (advantages_B1 < 0)
+    too_high_BT = (ratio_BT > 1 + epsilon_high) & (advantages_B1 > 0)
+    return too_low_BT | too_high_BT
+
+
+def kl_estimate(log_probs_BT: torch.Tensor, reference_log_probs_BT: torch.Tensor) -> torch.Tensor:
+    """Schulman's unbiased, never negative estimate of KL(policy || reference) ("k3")."""
+    difference_BT = reference_log_probs_BT - log_probs_BT
+    return difference_BT.exp() - difference_BT - 1
+
+
+def masked_sum(values_BT: torch.Tensor, mask_BT: torch.Tensor) -> float:
+    """Sum over the tokens of the mask, for the log."""
+    return float((values_BT.detach() * mask_BT).sum())
+
+
+def supervised_loss(
+    log_probs_BT: torch.Tensor, mask_BT: torch.Tensor, normaliser: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Cross-entropy on the target's tokens."""
+    loss = -(log_probs_BT * mask_BT).sum() / normaliser
+    return loss, {"nll": -masked_sum(log_probs_BT, mask_BT)}

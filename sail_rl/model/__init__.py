@@ -1,0 +1,13 @@
+"""SAIL-VL2 for transformers. Importing this package registers it with the Auto classes."""
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from sail_rl.model.configuration_sail_vl2 import SailVL2Config
+from sail_rl.model.modeling_sail_vl2 import SailVL2ForConditionalGeneration, SailVL2Model
+from sail_rl.model.processing_sail_vl2 import SailVL2Processor
+
+AutoConfig.register(SailVL2Config.model_type, SailVL2Config, exist_ok=True)
+AutoModelForImageTextToText.register(SailVL2Config, SailVL2ForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(SailVL2Config, SailVL2Processor, exist_ok=True)
+
+__all__ = ["SailVL2Config", "SailVL2ForConditionalGeneration", "SailVL2Model", "SailVL2Processor"]

@@ -1,0 +1,113 @@
+"""A SAIL-VL2 of about two million parameters, with a tokenizer of its own, for laptops and tests.
+
+The architecture, special tokens, template and tiling are the real ones; only the sizes are small.
+"""
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.models.aimv2.modeling_aimv2 import build_2d_sinusoidal_position_embedding
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+from sail_rl.model.configuration_sail_vl2 import SailVL2Config
+from sail_rl.model.modeling_sail_vl2 import SailVL2ForConditionalGeneration
+from sail_rl.model.processing_sail_vl2 import (
+    END_IMAGE,
+    IMAGE_CONTEXT,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    START_IMAGE,
+    SailVL2Processor,
+    default_chat_template,
+)
+
+IMAGE_SIZE = 112  # 8x8 patches of 14 pixels: 16 tokens a tile after the pixel shuffle
+TOKENS_PER_TILE = (IMAGE_SIZE // 14 // 2) ** 2
+THINK_TOKENS = ("<think>", "</think>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", START_IMAGE, IMAGE_CONTEXT, END_IMAGE)
+# Words and single digits stay whole, as in Qwen's tokenizer: a number is read digit by digit.
+WORD_PATTERN = r"\\boxed\{| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]|\s+"
+
+
+def tiny_tokenizer(corpus: list[str], vocab_size: int = 640) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on `corpus`; any other text still encodes, byte by byte."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS) - len(THINK_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    # As in Qwen3, the think tags are single tokens but not special ones: they stay in decoded text.
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in THINK_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+    )
+
+
+def tiny_processor(corpus: list[str], max_tiles: int = 1) -> SailVL2Processor:
+    """Tokenizer, tiling image processor and chat template of the tiny model."""
+    image_processor = GotOcr2ImageProcessorPil(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
+        crop_to_patches=True,
+        max_patches=max_tiles,
+    )
+    # The released suffix would cost the tiny model more tokens than question, picture and answer together.
+    template = default_chat_template().replace(released_think_suffix(), "Think first.")
+    return SailVL2Processor(image_processor, tiny_tokenizer(corpus), TOKENS_PER_TILE, chat_template=template)
+
+
+def released_think_suffix() -> str:
+    """The sentence by which the released models are asked to think, read from their template."""
+    return default_chat_template().split('think_suffix = "', 1)[1].split('" -%}', 1)[0]
+
+
+def tiny_config(processor: SailVL2Processor) -> SailVL2Config:
+    """Sizes of the tiny model, for the processor's vocabulary."""
+    tokenizer = processor.tokenizer
+    vision = {
+        "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": IMAGE_SIZE
+    }
+    text = {
+        "model_type": "qwen3",
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 4096,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return SailVL2Config(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=processor.image_token_id,
+        image_seq_length=TOKENS_PER_TILE,
+    )
+
+
+def tiny_model(processor: SailVL2Processor, seed: int = 0) -> SailVL2ForConditionalGeneration:
+    """The tiny model with random weights that depend on `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SailVL2ForConditionalGeneration(tiny_config(processor))
+    # Learned position embeddings start too small for a few hundred steps to tell places apart; these start distinct.
+    positions = model.model.vision_tower.embeddings.position_embedding.weight
+    side = IMAGE_SIZE // 14
+    positions.data.copy_(build_2d_sinusoidal_position_embedding(side, side, positions.shape[1]))
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    return model

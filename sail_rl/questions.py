@@ -1,0 +1,115 @@
+"""Questions on their way through a step: example and prompt together, and their pictures as files for people."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, overload
+
+from rollouts import Prompt, Rollout
+from sail_rl.data.example import Example
+from sail_rl.data.prompting import Sample, make_prompt, make_sample
+from sail_rl.data.sources import open_rows
+from sail_rl.data.stream import RowStream
+from sail_rl.launch import Run
+
+Item = TypeVar("Item")
+LARGEST_SIDE = 768  # of a picture that is kept for people to look at
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of data and what the model reads of it."""
+
+    example: Example
+    prompt: Prompt
+
+
+@overload
+def question_stream(run: Run, part: Literal["train"], processor) -> RowStream[Question]: ...
+@overload
+def question_stream(run: Run, part: Literal["eval"], processor) -> RowStream[Question] | None: ...
+def question_stream(run, part, processor):
+    """The questions of `data.train` or `data.eval`; None where the recipe names no source."""
+    data = run.recipe.data
+
+    def prepare(example: Example, position: int) -> Question:
+        return Question(example, make_prompt(example, processor, data.thinking, data.max_prompt_length, position))
+
+    return None if part == "eval" and data.eval is None else checked_stream(run, part, prepare)
+
+
+def sample_stream(run: Run, processor) -> RowStream[Sample]:
+    """SFT samples of `data.train`."""
+    data, max_length = run.recipe.data, run.recipe.sft.max_length
+
+    def prepare(example: Example, position: int) -> Sample:
+        return make_sample(example, processor, data.thinking, data.reasoning, data.max_prompt_length, max_length)
+
+    return checked_stream(run, "train", prepare)
+
+
+def checked_stream(run: Run, part: str, prepare: Callable[[Example, int], Item]) -> RowStream[Item]:
+    """A stream over a source of the recipe, its rows checked as far as can be without decoding pictures."""
+    data = run.recipe.data
+    source = data.train if part == "train" else data.eval
+    stream = RowStream(
+        open_rows(source, "train" if part == "train" else "validation", f"data.{part}"),
+        prepare,
+        columns=data.columns,
+        seed=run.recipe.seed,
+        shuffle=data.shuffle and part == "train",
+        max_bad_rows=data.max_bad_rows,
+        quarantine_file=run.folder / "quarantine.jsonl",
+        shard=run.shard,
+    )
+    stream.check_rows()
+    return stream
+
+
+def reward_columns(questions: Sequence[Question], rollouts: Sequence[Rollout], run: Path) -> dict[str, list[Any]]:
+    """What reward functions receive, one entry per completion: TRL's arguments and every data column."""
+    group_size = len(rollouts) // len(questions)
+    examples = [question.example for question in questions for _ in range(group_size)]
+    columns: dict[str, list[Any]] = {
+        name: [example.columns.get(name) for example in examples]
+        for name in dict.fromkeys(name for example in examples for name in example.columns)
+    }
+    paths = {id(question.example): picture_paths(run, question.example) for question in questions}
+    return columns | {
+        "prompts": [example.messages if example.conversational else example.question for example in examples],
+        "completions": [as_completion(e, r.text) for e, r in zip(examples, rollouts, strict=True)],
+        "completion_ids": [rollout.token_ids for rollout in rollouts],
+        "finish_reason": [rollout.finish_reason for rollout in rollouts],
+        "images": [paths[id(example)] for example in examples],
+    }
+
+
+def as_completion(example: Example, text: str) -> str | list[dict[str, str]]:
+    """A string, or a message where the data is conversational."""
+    return [{"role": "assistant", "content": text}] if example.conversational else text
+
+
+def picture_paths(run: Path, example: Example) -> list[str]:
+    """Files of the example's pictures; those without one (drawn, or from bytes) are written to the run folder."""
+    given = example.columns["images"]
+    if given and all(path is not None for path in given):
+        return list(given)
+    return [str(run / name) for name in save_pictures(run, example)]
+
+
+def save_pictures(run: Path, example: Example) -> list[str]:
+    """Write the pictures, made small enough to look at, and return their names within the run folder."""
+    names = []
+    for number, image in enumerate(example.images):
+        # Ids are data: a hash keeps them from naming places outside the folder.
+        digest = hashlib.sha256(f"{example.id}/{number}".encode() + image.tobytes()).hexdigest()[:16]
+        small = max(image.size) <= LARGEST_SIDE
+        name = f"pictures/{digest}.{'png' if small else 'jpg'}"
+        names.append(name)
+        if not (run / name).exists():
+            if not small:
+                image = image.copy()
+                image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+            image.save(run / name)
+    return names

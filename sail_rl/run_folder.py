@@ -1,0 +1,132 @@
+"""A run is a folder: what is in it, whether it may go on, and what machine wrote it. Imports no torch at the top."""
+
+import json
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sail_rl.command_line import BadInput, recipe_text
+from sail_rl.config import CommonRecipe
+
+# Keys that may differ when a run goes on: they change how long and how loudly it runs, not what it computes.
+FREE_KEYS = (
+    "trainer.max_steps",
+    "trainer.save_every",
+    "trainer.save_total_limit",
+    "trainer.transcript_every",
+    "trainer.resume",
+    "trainer.log_with",
+)
+
+
+def check_run(recipe: CommonRecipe) -> None:
+    """Everything about folders that can be wrong, before torch is imported."""
+    check_model_path(recipe.model.path)
+    folder = Path(recipe.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"output_dir = {folder}: it is a file")
+    if not (folder / "config.yaml").is_file():
+        return
+    if recipe.trainer.resume == "never":
+        raise BadInput(f"output_dir = {folder} already has a run, and trainer.resume = never; name another folder")
+    differences = changed_keys(yaml.safe_load((folder / "config.yaml").read_text()), recipe.model_dump(mode="json"))
+    if differences:
+        raise BadInput(
+            f"output_dir = {folder} has a run with another recipe; go on with the same, or name another folder:\n"
+            + "\n".join(f"  {key}: it was {old!r}, now {new!r}" for key, old, new in differences)
+        )
+
+
+def check_model_path(path: str | None) -> None:
+    """A local checkpoint folder must exist; a Hub id is looked up later."""
+    if path is None or Path(path).is_dir():
+        return
+    is_hub_id = path.count("/") <= 1 and path[0] not in "./~"
+    if is_hub_id and not path.startswith("runs/"):
+        return
+    maker = recipe_that_writes(Path(path))
+    hint = f"\n  {maker} makes it: run that first" if maker else ""
+    if maker and Path(maker).stem == "quickstart_sft":
+        hint = "\n  it is the quickstart's start: run make quickstart"
+    raise BadInput(f"model.path = {path}: there is no checkpoint{hint}")
+
+
+def recipe_that_writes(path: Path) -> str | None:
+    """The shipped recipe whose output_dir holds this path."""
+    for file in sorted(Path("recipes").glob("*.yaml")):
+        found = re.search(r"^output_dir:\s*(\S+)", file.read_text(), re.MULTILINE)
+        if found and path.is_relative_to(found[1]):
+            return str(file)
+    return None
+
+
+def changed_keys(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old, new) of all keys that differ, save those that may."""
+    if prefix.rstrip(".") in FREE_KEYS or old == new:
+        return []
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [(prefix.rstrip("."), old, new)]
+    keys = dict.fromkeys([*old, *new])
+    return [change for key in keys for change in changed_keys(old.get(key), new.get(key), f"{prefix}{key}.")]
+
+
+def finished(recipe: CommonRecipe) -> dict[str, Any] | None:
+    """The summary of a run that has done all its steps, else None."""
+    file = Path(recipe.output_dir) / "summary.json"
+    summary = json.loads(file.read_text()) if file.is_file() else {}
+    return summary if summary.get("steps", -1) >= recipe.trainer.max_steps else None
+
+
+def open_run(recipe: CommonRecipe, accelerator) -> Path:
+    """Make the folder, and write the resolved recipe and the machine's facts."""
+    folder = Path(recipe.output_dir)
+    if accelerator.is_main_process:
+        for part in ("transcripts", "pictures", "checkpoints"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(recipe_text(recipe))
+        write_json(folder / "environment.json", environment(accelerator))
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def environment(accelerator) -> dict[str, Any]:
+    """Versions, devices, processes and threads of this run."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        **{package: installed(package) for package in ("torch", "transformers", "accelerate", "sail-rl")},
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
+        "processes": accelerator.num_processes,
+        "distributed_type": str(accelerator.distributed_type.value),
+        "threads_per_process": torch.get_num_threads(),
+    }
+
+
+def installed(package: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file whole: a reader never sees half of it."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace a file of one JSON object a line."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+    os.replace(temporary, path)

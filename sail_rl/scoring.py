@@ -1,0 +1,141 @@
+"""Rewards in the loop: built from the recipe, tried on the data, called each step, their failures counted."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rewards.load import Reward, RewardError, load_reward
+from rewards.score import MOST_FAILED, Scores, score, try_rewards
+from rollouts import Rollout, RolloutEngine, Sampling
+from sail_rl.advantage import Advantages
+from sail_rl.checkpoint import Progress
+from sail_rl.command_line import BadInput
+from sail_rl.config import RewardEntry
+from sail_rl.data.stream import RowStream, Shard
+from sail_rl.launch import Run
+from sail_rl.metrics import deviation, mean
+from sail_rl.questions import Question, reward_columns
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What rewards see of the run, under TRL's names."""
+
+    global_step: int
+    max_steps: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the whole run needs to know of one completion; small, since all processes exchange these."""
+
+    length: int
+    truncated: bool
+    reward: float | None
+    parts: dict[str, float | None]
+    failed: dict[str, bool]
+
+
+def load_rewards(entries: Sequence[RewardEntry]) -> list[Reward]:
+    """The recipe's reward functions; one that cannot be found is the user's mistake."""
+    try:
+        return [load_reward(entry.function, entry.name, entry.weight, entry.arguments) for entry in entries]
+    except RewardError as error:
+        raise BadInput(str(error)) from error
+
+
+def try_on_data(run: Run, rewards: Sequence[Reward], engine: RolloutEngine, stream: RowStream[Question]) -> None:
+    """Call each reward once on real completions, so that what is broken stops the run before its first step."""
+    position = stream.position
+    questions = stream.next_items(run.shard.world_size)
+    stream.position = position
+    sampling = Sampling(run.recipe.rollout.max_completion_length, seed=run.recipe.seed)
+    rollouts = engine.generate([question.prompt for question in questions], 2, sampling)
+    try:
+        try_rewards(rewards, all_columns(run, questions, rollouts, step=0))
+    except RewardError as error:
+        raise BadInput(str(error)) from error
+
+
+def score_rollouts(
+    run: Run, rewards: Sequence[Reward], questions: Sequence[Question], rollouts: Sequence[Rollout], step: int
+) -> Scores:
+    """Score this process's completions."""
+    return score(rewards, all_columns(run, questions, rollouts, step), len(rollouts) // len(questions))
+
+
+def all_columns(run: Run, questions: Sequence[Question], rollouts: Sequence[Rollout], step: int) -> dict[str, Any]:
+    """The keyword arguments of a reward call."""
+    state = TrainerState(step, run.recipe.trainer.max_steps)
+    return reward_columns(questions, rollouts, run.folder) | {"trainer_state": state}
+
+
+def gather_outcomes(shard: Shard, rollouts: Sequence[Rollout], scores: Scores) -> list[Outcome]:
+    """The outcomes of all processes' completions, in the order of the questions."""
+    mine = [
+        Outcome(
+            length=len(rollout.token_ids),
+            truncated=rollout.finish_reason == "length",
+            reward=scores.totals[i],
+            parts={name: values[i] for name, values in scores.parts.items()},
+            failed={name: flags[i] for name, flags in scores.failed.items()},
+        )
+        for i, rollout in enumerate(rollouts)
+    ]
+    return shard.gather(mine)
+
+
+def reward_tensor(outcomes: Sequence[Outcome]) -> torch.Tensor:
+    """Total rewards, NaN where there is none."""
+    return torch.tensor([torch.nan if o.reward is None else o.reward for o in outcomes], dtype=torch.float32)
+
+
+def count_failures(progress: Progress, outcomes: Sequence[Outcome], errors: Sequence[str]) -> dict[str, int]:
+    """Failures of each reward since the run began; stops when one has failed more often than it may."""
+    scored = progress.completions_scored + len(outcomes)
+    counts = {
+        name: progress.reward_failures.get(name, 0) + sum(outcome.failed[name] for outcome in outcomes)
+        for name in outcomes[0].failed
+    }
+    for error in errors:
+        print(f"warning: {error}; its completions are masked", file=sys.stderr, flush=True)
+    for name, failed in counts.items():
+        if failed > MOST_FAILED * scored:
+            raise BadInput(
+                f"reward {name!r} failed on {failed} of {scored} completions, more than {MOST_FAILED:.0%}"
+                + (f"; the last error: {errors[-1]}" if errors else "")
+            )
+    return counts
+
+
+def reward_figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Rewards and completions of a step, for the log."""
+    rewards = [outcome.reward for outcome in outcomes]
+    lengths = [float(outcome.length) for outcome in outcomes]
+    figures: dict[str, Any] = {"reward": mean(rewards), "reward_std": deviation(rewards)}
+    for name in outcomes[0].parts:
+        values = [outcome.parts[name] for outcome in outcomes]
+        figures[f"rewards/{name}/mean"] = mean(values)
+        figures[f"rewards/{name}/std"] = deviation(values)
+        figures[f"rewards/{name}/failed"] = sum(outcome.failed[name] for outcome in outcomes)
+    return figures | {
+        "completion/length": mean(lengths),
+        "completion/longest": max(lengths),
+        "completion/truncated": sum(outcome.truncated for outcome in outcomes) / len(outcomes),
+        "completion/masked": sum(reward is None for reward in rewards),
+    }
+
+
+def group_figures(advantages: Advantages, outcomes: Sequence[Outcome], seconds: dict[str, float]) -> dict[str, Any]:
+    """Groups without signal, phase times and speed, for the log."""
+    tokens = sum(outcome.length for outcome in outcomes)
+    return {
+        "groups/total": len(advantages.has_signal_P),
+        "groups/dropped": int((~advantages.has_signal_P).sum()),
+        "tokens/generated": tokens,
+        "tokens_per_second": tokens / sum(seconds.values()),
+        **seconds,
+    }

@@ -1,0 +1,104 @@
+"""GRPO with verifiable rewards: sample groups, score them, push up what was better than its group.
+
+accelerate launch sail_rl/train_grpo.py recipes/quickstart.yaml [key.sub=value ...]
+"""
+
+from sail_rl.command_line import BadInput, parse_command_line
+from sail_rl.config import GrpoRecipe
+from sail_rl.launch import run_recipe
+
+
+def train(recipe: GrpoRecipe) -> None:
+    """The whole algorithm, top to bottom."""
+    # Imported here, so that mistakes in a recipe are answered before torch loads.
+    from rollouts import Sampling
+    from rollouts.hf import HFEngine
+    from sail_rl import checkpoint, scoring
+    from sail_rl.advantage import group_advantages
+    from sail_rl.batch import idle_group, make_batches
+    from sail_rl.eval import accuracy_now, predictions_once
+    from sail_rl.finish import finish_run
+    from sail_rl.launch import check_divisible, start_run
+    from sail_rl.losses import loss_normaliser
+    from sail_rl.metrics import MetricsLog, Stopwatch
+    from sail_rl.model.load import image_token_ids, load_model, prepare_for_training
+    from sail_rl.optimizer import make_optimizer, set_learning_rate
+    from sail_rl.questions import question_stream
+    from sail_rl.transcripts import save_transcript
+    from sail_rl.update import make_groups, update_policy
+
+    rollout, grpo, trainer = recipe.rollout, recipe.grpo, recipe.trainer
+    group_size = rollout.num_generations
+
+    # The run, its rewards, model and data.
+    rewards = scoring.load_rewards(recipe.rewards)
+    run = start_run(recipe)
+    check_divisible(run, "rollout.prompts_per_step", rollout.prompts_per_step)
+    resumed = checkpoint.latest_checkpoint(run.folder)
+    policy, processor = load_model(checkpoint.resume_from(recipe.model, resumed), recipe.seed)
+    reference = load_model(recipe.model, recipe.seed)[0].eval() if grpo.beta else None
+    stream = question_stream(run, "train", processor)
+    eval_stream = question_stream(run, "eval", processor)
+    suppressed = image_token_ids(policy, processor)
+    idle = idle_group(processor, with_picture=run.shard.world_size > 1)
+
+    # Optimizer, engine, and where a resumed run stands.
+    prepare_for_training(policy, trainer.gradient_checkpointing)
+    model, optimizer = run.accelerator.prepare(policy, make_optimizer(policy, recipe.optim))
+    reference = reference.to(run.accelerator.device) if reference else None
+    progress = checkpoint.load_progress(resumed, optimizer)
+    stream.position = progress.data_position
+    engine = HFEngine(policy, processor.tokenizer, suppressed, rollout.batch_size)
+    engine.load_weights(checkpoint.full_parameters(policy), version=progress.step)
+    scoring.try_on_data(run, rewards, engine, stream)
+    before = predictions_once(run, "before", engine, eval_stream)
+
+    sampling = Sampling(rollout.max_completion_length, rollout.temperature, seed=recipe.seed)
+    watch = Stopwatch()
+    try:
+        with MetricsLog(run, ["reward", "rewards/accuracy/mean", "completion/length"], progress.step) as log:
+            for step in range(progress.step + 1, trainer.max_steps + 1):
+                with watch.phase("rollout"):
+                    questions = stream.next_items(rollout.prompts_per_step)
+                    rollouts = engine.generate([question.prompt for question in questions], group_size, sampling)
+
+                with watch.phase("reward"):
+                    scores = scoring.score_rollouts(run, rewards, questions, rollouts, step)
+                    outcomes = scoring.gather_outcomes(run.shard, rollouts, scores)
+                    failures = scoring.count_failures(progress, outcomes, scores.errors)
+
+                with watch.phase("update"):
+                    rewards_N = scoring.reward_tensor(outcomes)
+                    advantages = group_advantages(rewards_N, group_size, grpo.scale_rewards)
+                    groups = make_groups(questions, rollouts, advantages, run.shard, keep_all=grpo.beta > 0)
+                    batches = make_batches(groups, recipe.update.token_budget, idle, run.highest)
+                    scored_lengths = [outcome.length for outcome in outcomes if outcome.reward is not None]
+                    normaliser = loss_normaliser(grpo.loss_type, scored_lengths, rollout.max_completion_length)
+                    learning_rate = set_learning_rate(optimizer, recipe.optim, step, trainer.max_steps)
+                    figures = update_policy(run, model, reference, optimizer, batches, normaliser, suppressed)
+
+                engine.load_weights(checkpoint.full_parameters(policy), version=step)
+                seconds = watch.take()
+                progress = progress.after(
+                    step=step,
+                    data_position=stream.position,
+                    seconds=progress.seconds + sum(seconds.values()),
+                    completions_scored=progress.completions_scored + len(outcomes),
+                    reward_failures=failures,
+                )
+                figures |= scoring.reward_figures(outcomes) | scoring.group_figures(advantages, outcomes, seconds)
+                figures |= accuracy_now(run, step, engine, eval_stream)
+                log.write(step, figures | {"learning_rate": learning_rate})
+                if step in (1, trainer.max_steps) or step % trainer.transcript_every == 0:
+                    save_transcript(run, step, questions, rollouts, scores, advantages)
+                if step == trainer.max_steps or step % trainer.save_every == 0:
+                    checkpoint.save_checkpoint(run, policy, processor, optimizer, progress)
+    except BadInput:
+        # A bad row or a failing reward in the middle of a run loses no work: every finished step is kept.
+        checkpoint.save_checkpoint(run, policy, processor, optimizer, progress)
+        raise
+    finish_run(run, policy, processor, progress, before, predictions_once(run, "after", engine, eval_stream))
+
+
+if __name__ == "__main__":
+    run_recipe(train, parse_command_line(GrpoRecipe, __doc__))

@@ -1,0 +1,74 @@
+"""Supervised fine-tuning: imitate the reasoning and the answers of the data.
+
+accelerate launch sail_rl/train_sft.py recipes/quickstart_sft.yaml [key.sub=value ...]
+"""
+
+from sail_rl.command_line import BadInput, parse_command_line
+from sail_rl.config import SftRecipe
+from sail_rl.launch import run_recipe
+
+
+def train(recipe: SftRecipe) -> None:
+    """The whole of it, top to bottom."""
+    # Imported here, so that mistakes in a recipe are answered before torch loads.
+    from rollouts.hf import HFEngine
+    from sail_rl import checkpoint
+    from sail_rl.batch import Group, idle_group, make_batches
+    from sail_rl.eval import accuracy_now, predictions_once
+    from sail_rl.finish import finish_run
+    from sail_rl.launch import check_divisible, start_run
+    from sail_rl.metrics import MetricsLog, Stopwatch
+    from sail_rl.model.load import image_token_ids, load_model, prepare_for_training
+    from sail_rl.optimizer import make_optimizer, set_learning_rate
+    from sail_rl.questions import question_stream, sample_stream
+    from sail_rl.update import update_supervised
+
+    sft, trainer = recipe.sft, recipe.trainer
+
+    # The run, its model and data.
+    run = start_run(recipe)
+    check_divisible(run, "sft.samples_per_step", sft.samples_per_step)
+    resumed = checkpoint.latest_checkpoint(run.folder)
+    policy, processor = load_model(checkpoint.resume_from(recipe.model, resumed), recipe.seed)
+    stream = sample_stream(run, processor)
+    eval_stream = question_stream(run, "eval", processor)
+    idle = idle_group(processor, with_picture=run.shard.world_size > 1)
+
+    # Optimizer, and where a resumed run stands.
+    prepare_for_training(policy, trainer.gradient_checkpointing)
+    model, optimizer = run.accelerator.prepare(policy, make_optimizer(policy, recipe.optim))
+    progress = checkpoint.load_progress(resumed, optimizer)
+    stream.position = progress.data_position
+    engine = HFEngine(policy, processor.tokenizer, image_token_ids(policy, processor), trainer.eval_batch_size)
+
+    watch = Stopwatch()
+    try:
+        with MetricsLog(run, ["loss", "token_accuracy"], progress.step) as log:
+            for step in range(progress.step + 1, trainer.max_steps + 1):
+                with watch.phase("data"):
+                    samples = stream.next_items(sft.samples_per_step)
+                    groups = [Group(sample.prompt, [sample.target_ids]) for sample in samples]
+                    batches = make_batches(groups, recipe.update.token_budget, idle, run.highest)
+
+                with watch.phase("update"):
+                    learning_rate = set_learning_rate(optimizer, recipe.optim, step, trainer.max_steps)
+                    figures = update_supervised(run, model, optimizer, batches)
+
+                seconds = watch.take()
+                progress = progress.after(
+                    step=step, data_position=stream.position, seconds=progress.seconds + sum(seconds.values())
+                )
+                figures |= {"learning_rate": learning_rate, **seconds}
+                figures["tokens_per_second"] = figures["tokens/trained"] / sum(seconds.values())
+                log.write(step, figures | accuracy_now(run, step, engine, eval_stream))
+                if step == trainer.max_steps or step % trainer.save_every == 0:
+                    checkpoint.save_checkpoint(run, policy, processor, optimizer, progress)
+    except BadInput:
+        # A bad row in the middle of a run loses no work: every finished step is kept.
+        checkpoint.save_checkpoint(run, policy, processor, optimizer, progress)
+        raise
+    finish_run(run, policy, processor, progress, [], predictions_once(run, "after", engine, eval_stream))
+
+
+if __name__ == "__main__":
+    run_recipe(train, parse_command_line(SftRecipe, __doc__))
