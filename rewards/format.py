@@ -3,16 +3,13 @@
 A chat template that opens the think block inside the prompt is not supported: the completion must begin with the tag.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from rewards.answers import Completion, boxed_answers, completion_text, split_completion
 
-MIN_THINK_CHARACTERS = 16  # non-blank ones; less is a block opened for the reward alone
+MIN_THINK_CHARACTERS = 16  # runs of blanks count as one; less is a block opened for the reward alone
 MAX_TAIL_CHARACTERS = 200  # after the box; more is reasoning moved out of the think block
-
-_BLANK = re.compile(r"\s+")
 
 
 def format_reward(
@@ -42,7 +39,7 @@ def is_well_formed(text: str, contract: str = "think") -> bool:
 
 
 def _think(parts: Completion) -> bool:
-    long_enough = parts.think is not None and len(_BLANK.sub("", parts.think)) >= MIN_THINK_CHARACTERS
+    long_enough = parts.think is not None and len(" ".join(parts.think.split())) >= MIN_THINK_CHARACTERS
     return parts.judge is None and parts.before == "" and long_enough
 
 

@@ -50,17 +50,14 @@ class TrainingBatch:
     def to(self, device: torch.device) -> "TrainingBatch":
         """The same batch on another device."""
         moved = {key: value.to(device) for key, value in self.model_inputs.items()}
-        tensors = [
-            tensor.to(device)
-            for tensor in (
-                self.input_ids_BT,
-                self.attention_mask_BT,
-                self.completion_ids_BC,
-                self.mask_BC,
-                self.advantages_B,
-            )
-        ]
-        return TrainingBatch(*tensors, moved)
+        return TrainingBatch(
+            self.input_ids_BT.to(device),
+            self.attention_mask_BT.to(device),
+            self.completion_ids_BC.to(device),
+            self.mask_BC.to(device),
+            self.advantages_B.to(device),
+            moved,
+        )
 
 
 def split_by_token_budget(groups: Sequence[Group], token_budget: int) -> list[list[Group]]:

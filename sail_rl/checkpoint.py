@@ -63,13 +63,14 @@ def save_model(folder: Path, model, processor) -> None:
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = (run_folder / "checkpoints").glob("step_*")
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
+    found = [folder for folder in (run_folder / "checkpoints").glob("step_*") if folder.name[5:].isdigit()]
+    return sorted(found, key=lambda folder: int(folder.name[5:]))
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:
     """Where a run goes on from, if it has begun."""
-    return (list_checkpoints(run_folder) or [None])[-1]
+    checkpoints = list_checkpoints(run_folder)
+    return checkpoints[-1] if checkpoints else None
 
 
 def resume_from(section: ModelSection, checkpoint: Path | None) -> ModelSection:

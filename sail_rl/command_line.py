@@ -48,7 +48,7 @@ def parse_command_line(recipe_type: type[RecipeType], description: str) -> Recip
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     parser.epilog = "sections and keys:\n" + "\n".join(describe_keys(recipe_type))
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         recipe = load_recipe(recipe_type, arguments.recipe, arguments.overrides)
     except BadInput as mistake:
@@ -106,7 +106,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     *parents, last = dotted.split(".")
     node: Any = values
     for depth, key in enumerate(parents):
-        node = child(node, key, override, ".".join(parents[: depth + 1]))
+        here = ".".join(parents[: depth + 1])
+        node = child(node, key, override, here)
+        if not isinstance(node, dict | list):
+            raise BadInput(f"override {override!r}: {here} is {shown(node)}, which has no keys")
     if isinstance(node, list):
         child(node, last, override, dotted)
         node[int(last)] = value
@@ -134,23 +137,30 @@ def expand_shorthand(key: str, value: Any) -> dict[str, Any]:
 
 def describe_mistake(recipe_type: type[BaseModel], mistake: Any) -> str:
     """One line: dotted key, value, what is wrong, what is allowed, the nearest key."""
-    location = [part for part in mistake["loc"] if part not in ("pictures", "file", "hub")]
+    # pydantic names the kind of a source behind data.train and data.eval; recipes do not.
+    before = (None, *mistake["loc"])
+    location = [part for above, part in zip(before, mistake["loc"], strict=False) if above not in ("train", "eval")]
     key = ".".join(str(part) for part in location)
     if mistake["type"] == "extra_forbidden":
         allowed = keys_at(recipe_type, mistake["loc"][:-1])
-        return f"{key} = {shown(mistake['input'])}: unknown key; {suggest(str(location[-1]), allowed, recipe_type)}"
+        return f"{key} = {shown(mistake['input'])}: unknown key; {suggest(key, allowed, recipe_type)}"
     if mistake["type"] == "missing":
         return f"{key}: this key is required"
+    if mistake["type"] == "union_tag_invalid":
+        return f"{key}.source = {shown(mistake['input']['source'])}: input should be {mistake['ctx']['expected_tags']}"
     message = mistake["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{key} = {shown(mistake['input'])}: {message}" if key else message
 
 
 def suggest(key: str, allowed: list[str], recipe_type: type[BaseModel]) -> str:
-    """The nearest key of the section, else the section that has the key, and all that is allowed."""
-    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
-    elsewhere = [path for path in all_keys(recipe_type) if path.split(".")[-1] == key]
-    hint = f"did you mean {near[0]}? " if near else f"did you mean {elsewhere[0]}? " if elsewhere else ""
+    """The section that has the key, the nearest key of this section, and all that is allowed."""
+    name = key.split(".")[-1]
+    near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
+    known = all_keys(recipe_type)  # among them the keys of other kinds of source at this very place
+    elsewhere = [] if key in known else [path for path in known if path.split(".")[-1] == name]
+    hints = elsewhere[:1] + near
+    hint = f"did you mean {' or '.join(hints)}? " if hints else ""
     return f"{hint}allowed: {', '.join(allowed)}"
 
 

@@ -3,7 +3,7 @@
 Nothing here imports torch, so that `--help`, `--dry-run` and mistakes are answered at once.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
@@ -11,13 +11,13 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 class Section(BaseModel):
     """A part of a recipe: frozen, unknown keys are mistakes, values are not coerced."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
     """What is trained."""
 
-    path: str | None = None
+    path: Annotated[str, Field(min_length=1)] | None = None
     """A checkpoint folder or a Hub id."""
     random_init: Literal["tiny"] | None = None
     """Instead of a path: fresh weights of this size, with a tokenizer for the built-in picture task."""
@@ -35,16 +35,25 @@ class ModelSection(Section):
         return self
 
 
-FAMILIES = ("cards", "shapes", "bars", "path", "geometry")
+Family = Literal["cards", "shapes", "bars", "path", "geometry"]
+FAMILIES = get_args(Family)
 
 
 class PictureSource(Section):
     """The built-in picture task: drawn on demand, endless, nothing to download."""
 
     source: Literal["pictures"] = "pictures"
-    families: Annotated[list[Literal["cards", "shapes", "bars", "path", "geometry"]], Field(min_length=1)] = [*FAMILIES]
+    families: Annotated[list[Literal["cards", "shapes", "bars", "path", "geometry"]], Field(min_length=1)] = [
+        "cards",
+        "shapes",
+        "bars",
+        "path",
+        "geometry",
+    ]
     levels: Annotated[list[Literal[1, 2, 3]], Field(min_length=1)] = [1, 2, 3]
     steps: Annotated[list[Literal["direct", "two_step"]], Field(min_length=1)] = ["direct", "two_step"]
+    forms: list[str] | None = None
+    """Question forms by name, such as `sum` or `tallest`; all forms of the families, levels and steps when left out."""
     split: Literal["train", "validation"] | None = None
     """`train` for data.train and `validation` for data.eval when left out."""
     rows: Annotated[int, Field(ge=1)] | None = None
@@ -71,8 +80,7 @@ class HubSource(Section):
 
 def source_kind(value: Any) -> str:
     """Which kind of source a mapping (or a section) describes."""
-    kind = value.get("source", "") if isinstance(value, dict) else getattr(value, "source", "")
-    return kind if kind in ("pictures", "file", "hub") else "file"
+    return str(value.get("source", "file") if isinstance(value, dict) else getattr(value, "source", "file"))
 
 
 Source = Annotated[
@@ -116,8 +124,8 @@ class RolloutSection(Section):
 
     engine: Literal["hf"] = "hf"
     prompts_per_step: Annotated[int, Field(ge=1)] = 16
-    num_generations: Annotated[int, Field(ge=1)] = 8
-    """Completions per prompt: the group."""
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """Completions per prompt: the group, whose members are compared."""
     max_completion_length: Annotated[int, Field(ge=1)] = 256
     temperature: Annotated[float, Field(gt=0)] = 1.0
     batch_size: Annotated[int, Field(ge=1)] = 256
@@ -127,7 +135,7 @@ class RolloutSection(Section):
 class RewardEntry(BaseModel):
     """One reward: a built-in name or `path/file.py:name`. Keys beyond these are passed to the function."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
 
     function: Annotated[str, Field(min_length=1)]
     weight: float = 1.0
@@ -211,7 +219,7 @@ class TrainerSection(Section):
 class CommonRecipe(Section):
     """What both trainers share."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     output_dir: Annotated[str, Field(min_length=1)]
     model: ModelSection
     data: DataSection
@@ -239,12 +247,6 @@ class GrpoRecipe(CommonRecipe):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"rewards: two entries are both logged as {twice[0]!r}; rename one of the functions")
-        return self
-
-    @model_validator(mode="after")
-    def group_has_a_spread(self):
-        if self.rollout.num_generations < 2:
-            raise ValueError("rollout.num_generations = 1: a group needs at least 2 completions to compare")
         return self
 
 

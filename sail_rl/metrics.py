@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,16 +98,16 @@ def keep_steps_until(file: Path, step: int) -> None:
         file.write_text("".join(f"{line}\n" for line in lines))
 
 
-def mean(values: list[float | None]) -> float | None:
+def mean(values: Sequence[float | None]) -> float | None:
     """Of the values that are known."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
-def deviation(values: list[float | None]) -> float | None:
+def deviation(values: Sequence[float | None]) -> float | None:
     """Standard deviation of the values that are known."""
     known = [value for value in values if value is not None]
-    centre = mean(list(known))
+    centre = mean(known)
     if centre is None:
         return None
     return math.sqrt(sum((value - centre) ** 2 for value in known) / len(known))

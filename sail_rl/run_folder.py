@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from sail_rl.command_line import BadInput, recipe_text
+from sail_rl.command_line import BadInput
 from sail_rl.config import CommonRecipe
 
 # Keys that may differ when a run goes on: they change how long and how loudly it runs, not what it computes.
@@ -80,18 +80,6 @@ def finished(recipe: CommonRecipe) -> dict[str, Any] | None:
     file = Path(recipe.output_dir) / "summary.json"
     summary = json.loads(file.read_text()) if file.is_file() else {}
     return summary if summary.get("steps", -1) >= recipe.trainer.max_steps else None
-
-
-def open_run(recipe: CommonRecipe, accelerator) -> Path:
-    """Make the folder, and write the resolved recipe and the machine's facts."""
-    folder = Path(recipe.output_dir)
-    if accelerator.is_main_process:
-        for part in ("transcripts", "pictures", "checkpoints"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(recipe_text(recipe))
-        write_json(folder / "environment.json", environment(accelerator))
-    accelerator.wait_for_everyone()
-    return folder
 
 
 def environment(accelerator) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def count_failures(progress: Progress, outcomes: Sequence[Outcome], errors: Sequ
 def reward_figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Rewards and completions of a step, for the log."""
     rewards = [outcome.reward for outcome in outcomes]
-    lengths = [float(outcome.length) for outcome in outcomes]
+    lengths = [outcome.length for outcome in outcomes]
     figures: dict[str, Any] = {"reward": mean(rewards), "reward_std": deviation(rewards)}
     for name in outcomes[0].parts:
         values = [outcome.parts[name] for outcome in outcomes]

@@ -34,8 +34,8 @@ class Example:
     @property
     def question(self) -> str:
         """The text of the last user turn."""
-        parts = [part for message in self.messages if message["role"] == "user" for part in message["content"]]
-        return "".join(part["text"] for part in parts if part["type"] == "text")
+        last = [message for message in self.messages if message["role"] == "user"][-1]
+        return "".join(part["text"] for part in last["content"] if part["type"] == "text")
 
 
 def make_example(row: Mapping[str, Any], default_id: str, columns: Mapping[str, str], folder: Path) -> Example:
@@ -46,10 +46,10 @@ def make_example(row: Mapping[str, Any], default_id: str, columns: Mapping[str, 
     images = tuple(decode_image(image, folder) for image in raw_images)
     row_columns = {name: value for name, value in row.items() if name not in ("prompt", "question", "images", "image")}
     row_columns["answer"] = answer_text(row)
-    row_columns["images"] = [image if isinstance(image, str) else image_path(image) for image in raw_images]
+    row_columns["images"] = [str(folder / image) if isinstance(image, str) else None for image in raw_images]
     messages = conversation(row, len(images))
     identifier = str(row["id"]) if row.get("id") is not None else default_id
-    return Example(identifier, messages, images, row_columns, conversational=row.get("prompt") is not None)
+    return Example(identifier, messages, images, row_columns, conversational=isinstance(row.get("prompt"), list))
 
 
 def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def check_row(row: Mapping[str, Any]) -> None:
 
 def answer_text(row: Mapping[str, Any]) -> str:
     """The right answer, from `answer` or `solution`."""
-    answer = row.get("answer", row.get("solution"))
+    answer = row.get("answer") if row.get("answer") is not None else row.get("solution")
     if answer is None or not str(answer).strip():
         raise BadRow("no `answer` (or `solution`); map one with data.columns or drop the row")
     return str(answer)
@@ -80,7 +80,7 @@ def answer_text(row: Mapping[str, Any]) -> str:
 
 def image_column(row: Mapping[str, Any]) -> list[Any]:
     """The row's pictures as a list, whatever form the column has."""
-    images = row.get("images", row.get("image"))
+    images = row.get("images") if row.get("images") is not None else row.get("image")
     if images is None:
         return []
     return list(images) if isinstance(images, list | tuple) else [images]
@@ -95,8 +95,10 @@ def conversation(row: Mapping[str, Any], num_images: int) -> list[dict[str, Any]
     """Messages whose content is a list of parts, with exactly one image part for each picture."""
     prompt = row.get("prompt") or row["question"]
     raw = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in raw):
-        raise BadRow("`prompt` must be text or a list of {role, content} messages")
+    if not isinstance(raw, list) or not all(
+        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in raw
+    ):
+        raise BadRow("`prompt` (or `question`) must be text or a list of {role, content} messages")
     messages = [{"role": message["role"], "content": content_parts(message["content"])} for message in raw]
     users = [message for message in messages if message["role"] == "user"]
     if not users:
@@ -118,7 +120,11 @@ def content_parts(content: Any) -> list[dict[str, Any]]:
         for piece in pieces[1:]:
             parts += [{"type": "image"}, {"type": "text", "text": piece.lstrip("\n")}]
         content = [part for part in parts if part.get("text") != ""]
-    parts = [{"type": "image"} if part.get("type") == "image" else part for part in content]
+    if not isinstance(content, list) or not all(isinstance(part, dict) and "type" in part for part in content):
+        raise BadRow("a message's `content` must be text or a list of {type, text} parts")
+    parts = [{"type": "image"} if part["type"] == "image" else part for part in content]
+    if not all(isinstance(part.get("text"), str) for part in parts if part["type"] == "text"):
+        raise BadRow("a part of type text has no `text`")
     text = "".join(part.get("text") or "" for part in parts)
     reserved = [token for token in RESERVED_TEXT if token in text]
     if reserved:
@@ -143,7 +149,7 @@ def open_image(image: Any, folder: Path) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, bytes):
         return Image.open(io.BytesIO(image))
     if not isinstance(image, str):

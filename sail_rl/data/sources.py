@@ -49,6 +49,7 @@ class PictureRows:
             families=tuple(source.families),
             levels=tuple(source.levels),
             steps=tuple(source.steps),
+            forms=tuple(source.forms) if source.forms else None,
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+from PIL.Image import DecompressionBombError
 
 from sail_rl.command_line import BadInput
 from sail_rl.data.example import BadRow, check_row, image_column, make_example, open_image, rename_columns
@@ -65,7 +66,7 @@ class RowStream(Generic[Item]):
                 check_row(row)
                 for image in image_column(row):
                     open_image(image, self.rows.folder)
-            except (BadRow, OSError, ValueError, SyntaxError) as error:
+            except (BadRow, OSError, ValueError, SyntaxError, DecompressionBombError) as error:
                 bad.append((index, reason_of(error)))
         self._quarantine(bad)
 
@@ -114,6 +115,7 @@ class RowStream(Generic[Item]):
 
     def _quarantine(self, bad: list[tuple[int, str]]) -> None:
         """Set rows aside; stop when there are more than `data.max_bad_rows`."""
+        bad = [(i, why) for i, why in dict(bad).items() if i not in self.bad_rows]
         self.bad_rows.update(bad)
         if self.quarantine_file and self.shard.rank == 0 and bad:
             with self.quarantine_file.open("a") as file:
@@ -128,7 +130,7 @@ class RowStream(Generic[Item]):
 
     def _id(self, index: int) -> str:
         try:
-            return str(self.rows.row(index).get("id", "-"))
+            return str(self.rows.row(index).get(self.columns.get("id", "id"), "-"))
         except BadRow:
             return "-"
 

@@ -11,7 +11,7 @@ class SailVL2Config(InternVLConfig):
     """The same keys as InternVLConfig; `vision_config` stays an AIMv2 one when a checkpoint is loaded again."""
 
     model_type = "sail_vl2"
-    sub_configs = {"text_config": AutoConfig, "vision_config": Aimv2VisionConfig}  # noqa: RUF012 (transformers' form)
+    sub_configs = {"text_config": AutoConfig, "vision_config": Aimv2VisionConfig}  # type: ignore[dict-item]  # noqa: RUF012
 
     vision_feature_select_strategy: str = "full"  # AIMv2 has no class token to drop
     tie_word_embeddings: bool = False

@@ -21,7 +21,7 @@ from sail_rl.model.processing_sail_vl2 import (
     default_chat_template,
 )
 
-IMAGE_SIZE = 112  # 8x8 patches of 14 pixels: 16 tokens a tile after the pixel shuffle
+IMAGE_SIZE = 56  # 4x4 patches of 14 pixels: 4 tokens a tile after the pixel shuffle
 TOKENS_PER_TILE = (IMAGE_SIZE // 14 // 2) ** 2
 THINK_TOKENS = ("<think>", "</think>")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", START_IMAGE, IMAGE_CONTEXT, END_IMAGE)
@@ -76,7 +76,11 @@ def tiny_config(processor: SailVL2Processor) -> SailVL2Config:
     """Sizes of the tiny model, for the processor's vocabulary."""
     tokenizer = processor.tokenizer
     vision = {
-        "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": IMAGE_SIZE
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
     }
     text = {
         "model_type": "qwen3",

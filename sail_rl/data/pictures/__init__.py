@@ -6,6 +6,8 @@ validation alone (`novel` rows). Each family module holds pure functions: sample
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
 from typing import Any
 
 from PIL import Image
@@ -23,6 +25,7 @@ FAMILIES: dict[str, Family] = {
     "geometry": geometry.FAMILY,
 }
 SPLITS, LEVELS, STEPS = ("train", "validation"), (1, 2, 3), ("direct", "two_step")
+Turn = tuple[str, int, str, tuple[str, ...]]  # family, level, step, forms
 NOVEL_EVERY = 10  # validation rows 9, 19, 29, ... ask about kept combinations where they are two-step questions
 TRIES = 5000  # a draw is accepted with a chance of about 1 in 10 at worst, so this is never reached
 
@@ -35,10 +38,11 @@ def picture_row(
     families: Sequence[str] = tuple(FAMILIES),
     levels: Sequence[int] = LEVELS,
     steps: Sequence[str] = STEPS,
+    forms: Sequence[str] | None = None,
     size: int = 112,
 ) -> dict[str, Any]:
     """Row `index` of a split, with its picture of `size` x `size` pixels in `images`."""
-    row = question_row(split, index, seed=seed, families=families, levels=levels, steps=steps)
+    row = question_row(split, index, seed=seed, families=families, levels=levels, steps=steps, forms=forms)
     return row | {"images": [draw_scene(row["scene"], size)]}
 
 
@@ -50,6 +54,7 @@ def question_row(
     families: Sequence[str] = tuple(FAMILIES),
     levels: Sequence[int] = LEVELS,
     steps: Sequence[str] = STEPS,
+    forms: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The same row without its picture."""
     for name, given, allowed in (
@@ -62,9 +67,10 @@ def question_row(
             raise ValueError(f"{name}: got {given!r}, allowed are {list(allowed)}")
     if index < 0:
         raise ValueError(f"index: got {index}, allowed are 0 and more")
-    family, level, step = turn(split, index, seed, families, levels, steps)
+    turns = possible_turns(tuple(families), tuple(levels), tuple(steps), tuple(forms) if forms else None)
+    family, level, step, asked = turn(split, index, seed, turns)
     novel = split == "validation" and step == "two_step" and index % NOVEL_EVERY == NOVEL_EVERY - 1
-    form, scene, question = pose(split, index, seed, family, level, step, novel)
+    form, scene, question = pose(split, index, seed, family, level, asked, novel)
     return {
         "id": f"{family}-{split}-{seed}-{index}",
         "question": question.text,
@@ -83,23 +89,36 @@ def question_row(
     }
 
 
-def turn(
-    split: str, index: int, seed: int, families: Sequence[str], levels: Sequence[int], steps: Sequence[str]
-) -> tuple[str, int, str]:
-    """The family, level and step of a row: every block of rows holds each combination once, in a shuffled order."""
-    turns = [(family, level, step) for family in families for level in levels for step in steps]
+@lru_cache
+def possible_turns(
+    families: tuple[str, ...], levels: tuple[int, ...], steps: tuple[str, ...], forms: tuple[str, ...] | None
+) -> list[Turn]:
+    """Each combination of family, level and step, with the forms that it may ask."""
+    turns = []
+    for family, level, step in product(families, levels, steps):
+        asked = tuple(form for form in FAMILIES[family].forms(level, step) if forms is None or form in forms)
+        turns += [(family, level, step, asked)] if asked else []
+    known = {form for *_, asked in turns for form in asked}
+    if not turns or not set(forms or ()) <= known:
+        raise ValueError(f"forms: got {forms!r}; these families, levels and steps ask {sorted(known)}")
+    return turns
+
+
+def turn(split: str, index: int, seed: int, turns: list[Turn]) -> Turn:
+    """Whose turn a row is: every block of rows holds each combination once, in a shuffled order."""
     block, place = divmod(index, len(turns))
-    rng_for("block", seed, split, block).shuffle(turns)
-    return turns[place]
+    order = list(turns)
+    rng_for("block", seed, split, block).shuffle(order)
+    return order[place]
 
 
 def pose(
-    split: str, index: int, seed: int, family: str, level: int, step: str, novel: bool
+    split: str, index: int, seed: int, family: str, level: int, forms: tuple[str, ...], novel: bool
 ) -> tuple[str, Scene, Question]:
     """Form, scene and question of a row: drawn until the scene belongs to the split and the values are as wanted."""
     rng = rng_for("row", seed, split, index)
     chosen = FAMILIES[family]
-    form = rng.choice(chosen.forms(level, step))
+    form = rng.choice(forms)
     for _ in range(TRIES):
         scene, targets = chosen.sample(rng, level, form, novel)
         if split_of(scene) != split:

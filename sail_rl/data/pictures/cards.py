@@ -19,14 +19,17 @@ from sail_rl.data.pictures.common import (
     ink_on,
     letter_of,
     lettered,
+    listed,
     pick_pair,
     write,
 )
 
 BOARDS = {1: (2, 2), 2: (2, 4), 3: (4, 4)}  # rows, columns: all divide the 28-unit grid
 LABELS = "ABCDEFGHIJKLMNOP"
+READ_WHOLE = 4  # cards
 DIGIT_COLOURS = tuple(COLOURS)
-NOVEL = frozenset({(3, 8), (1, 7), (5, 6), (6, 2), (9, 4), (7, 5)})
+DIGITS = {1: range(1, 7), 2: range(10), 3: range(10)}  # a level's numbers: few enough at first to learn their sums
+NOVEL = frozenset({(3, 5), (6, 2), (4, 1), (3, 8), (9, 4), (7, 5)})
 EVERY_PAIR = [(x, y) for x in range(10) for y in range(10)]
 UNEQUAL = [(x, y) for x, y in EVERY_PAIR if x != y]
 PAIRS = {
@@ -47,12 +50,17 @@ def forms(level: int, step: str) -> tuple[str, ...]:
 def sample(rng: random.Random, level: int, form: str, novel: bool) -> tuple[Scene, Targets]:
     """A board, and the labels of the cards that are asked about."""
     rows, columns = BOARDS[level]
-    digits = [rng.randrange(10) for _ in range(rows * columns)]
+    digits = [rng.choice(DIGITS[level]) for _ in range(rows * columns)]
     if form in FORMS["direct"]:
         return board(rows, columns, digits), (LABELS[rng.randrange(len(digits))],)
     first, second = rng.sample(range(len(digits)), 2)
-    digits[first], digits[second] = pick_pair(rng, PAIRS[form], NOVEL, novel)
+    digits[first], digits[second] = pick_pair(rng, pairs_of(form, level), NOVEL, novel)
     return board(rows, columns, digits), (LABELS[first], LABELS[second])
+
+
+def pairs_of(form: str, level: int) -> list[tuple[int, int]]:
+    """Pairs of digits that a form may ask about at a level."""
+    return [pair for pair in PAIRS[form] if set(pair) <= set(DIGITS[level])]
 
 
 def board(rows: int, columns: int, digits: list[int]) -> Scene:
@@ -64,25 +72,41 @@ def board(rows: int, columns: int, digits: list[int]) -> Scene:
 def ask(scene: Scene, form: str, targets: Targets) -> Question:
     """The question of this form about one or two cards."""
     cards = {card["label"]: card for card in scene["cards"]}
-    if form in FORMS["direct"]:
-        return ask_one(form, cards[targets[0]])
-    return ask_two(form, cards[targets[0]], cards[targets[1]])
+    asked = [cards[label] for label in targets]
+    text, answer, kind, short, long, options = ask_one(form, *asked) if len(asked) == 1 else ask_two(form, *asked)
+    # A small board is read whole, in order; of a large one only the cards that are asked about.
+    read = scene["cards"] if len(cards) <= READ_WHOLE else asked
+    values = tuple(card["digit"] for card in asked) if len(asked) == 2 else ()
+    facts = {card["label"]: card["digit"] for card in read}
+    return Question(
+        text, answer, kind, f"{terse_reading(read)} {short}", f"{wordy_reading(read)} {long}", facts, values, options
+    )
 
 
-def ask_one(form: str, card: dict) -> Question:
-    """What a single card shows."""
+def terse_reading(cards: list[dict]) -> str:
+    """What is on these cards, in as few words as can be."""
+    readings = ", ".join(f"{card['label']} {card['digit']}" for card in cards)
+    return f"Card {readings}." if len(cards) == 1 else f"{readings}."
+
+
+def wordy_reading(cards: list[dict]) -> str:
+    """The same in prose."""
+    readings = [f"card {card['label']} is {card['digit']}" for card in cards]
+    return f"I read the cards: {listed(readings)}."
+
+
+def ask_one(form: str, card: dict) -> tuple[str, str, str, str, str, Targets | None]:
+    """Text, answer, its type, terse and wordy conclusion, options: about a single card."""
     label, digit, colour = card["label"], card["digit"], card["colour"]
     if form == "number":
-        terse = f"Card {label} is {colour}, so {digit}."
-        wordy = f"I look for card {label}, and it is {colour}. That colour stands for the number {digit}."
-        return Question(f"What number is on card {label}?", str(digit), "integer", terse, wordy, {label: digit})
-    terse = f"Card {label} is {digit}, so {colour}."
-    wordy = f"I look for card {label}, and it is number {digit}. The colour of that card is {colour}."
-    return Question(f"What colour is card {label}?", colour, "word", terse, wordy, {label: colour})
+        text, short = f"What number is on card {label}?", f"{label} is {digit}."
+        return text, str(digit), "integer", short, f"So the number on card {label} is {digit}.", None
+    long = f"The colour that stands for {digit} is {colour}, so card {label} is {colour}."
+    return f"What colour is card {label}?", colour, "word", f"{label} is {colour}.", long, None
 
 
-def ask_two(form: str, one: dict, two: dict) -> Question:
-    """Two cards read and combined."""
+def ask_two(form: str, one: dict, two: dict) -> tuple[str, str, str, str, str, Targets | None]:
+    """The same about two cards and what comes of them together."""
     (a, x), (b, y) = (one["label"], one["digit"]), (two["label"], two["digit"])
     options: Targets | None = None
     top = one if x > y else two
@@ -96,10 +120,8 @@ def ask_two(form: str, one: dict, two: dict) -> Question:
             short, long = f"{x} - {y} = {answer}.", f"Taking the second from the first, I get {x} - {y} = {answer}."
         case "fraction":
             text, answer, kind = f"What is {a} over {b} as a fraction?", f"{x}/{y}", "fraction"
-            short, long = (
-                f"{a} over {b} = {answer}.",
-                f"The first number goes on top, so I get {a} over {b} = {answer}.",
-            )
+            short = f"{a} over {b} = {answer}."
+            long = f"The first number goes on top, so I get {short}"
         case "larger":
             options = (f"card {a}", f"card {b}")
             text, kind = f"Which is larger? {lettered(options)}", "letter"
@@ -108,9 +130,7 @@ def ask_two(form: str, one: dict, two: dict) -> Question:
         case "larger_colour":
             text, answer, kind = f"What colour is the larger of {a} and {b}?", top["colour"], "word"
             short, long = f"{step}: {answer}.", f"Since {step}, card {top['label']} is larger, and it is {answer}."
-    terse = f"{a} is {x}, {b} is {y}. {short}"
-    wordy = f"I read card {a} first: it is {x}. Then card {b}: it is {y}. {long}"
-    return Question(text, answer, kind, terse, wordy, {a: x, b: y}, (x, y), options)
+    return text, answer, kind, short, long, options
 
 
 def draw(scene: Scene, size: int) -> Image.Image:

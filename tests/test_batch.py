@@ -1,0 +1,142 @@
+"""Micro-batches: groups stay whole, rows are padded and masked, and every process has as many batches."""
+
+import pytest
+import torch
+
+from rollouts import Prompt
+from sail_rl.batch import Group, make_batch, make_batches, padded_tokens, split_by_token_budget
+
+
+def picture(tiles=1, value=1.0):
+    return {"pixel_values": torch.full((tiles, 3, 4, 4), value)}
+
+
+def group(prompt_length=3, completion_lengths=(2, 4), first_token=10, model_inputs=None, advantages=None, **rest):
+    """Prompt tokens count up from `first_token`, completion tokens from 100."""
+    prompt = Prompt(
+        str(first_token), [*range(first_token, first_token + prompt_length)], model_inputs=model_inputs or {}
+    )
+    completions = [[*range(100, 100 + length)] for length in completion_lengths]
+    return Group(prompt, completions, [1.0] * len(completions) if advantages is None else advantages, **rest)
+
+
+IDLE = Group(Prompt("idle", [7, 8], model_inputs=picture(value=0.0)), [[9]], trained=False)
+TEXT_IDLE = Group(Prompt("idle", [7, 8]), [[9]], trained=False)
+
+
+def test_padded_tokens_is_the_size_of_the_rectangle():
+    groups = [group(3, (2, 4)), group(5, (1, 1, 1))]
+    assert padded_tokens(groups) == 5 * (5 + 4)
+    assert padded_tokens(groups) == make_batch(groups).input_ids_BT.numel()
+
+
+@pytest.mark.parametrize("budget", [1, 20, 60, 100, 10_000])
+def test_splitting_keeps_groups_whole_and_the_budget_where_it_can(budget):
+    lengths = [(3, (5, 5)), (30, (2, 2)), (4, (9, 1)), (3, (6, 5)), (12, (3, 20)), (30, (2, 3))]
+    groups = [group(prompt, completions, first_token=10 * i) for i, (prompt, completions) in enumerate(lengths)]
+    parts = split_by_token_budget(groups, budget)
+    assert sorted(g.prompt.id for part in parts for g in part) == sorted(g.prompt.id for g in groups)
+    assert all(any(g is original for original in groups) for part in parts for g in part)
+    assert all(len(part) == 1 or padded_tokens(part) <= budget for part in parts)
+    assert len(parts) == {1: 6, 10_000: 1}.get(budget, len(parts))
+
+
+def test_splitting_fills_the_budget_with_groups_of_like_length():
+    # Each group alone is 2 x 10 tokens; two of them fill a budget of 40, a third would exceed it.
+    groups = [group(6, (4, 4), first_token=i) for i in range(5)]
+    assert [len(part) for part in split_by_token_budget(groups, 40)] == [2, 2, 1]
+    assert [len(part) for part in split_by_token_budget(groups, 39)] == [1] * 5
+    short_and_long = [group(6, (4, 4)), group(60, (4, 4)), group(6, (4, 4)), group(60, (4, 4))]
+    parts = split_by_token_budget(short_and_long, 4 * 64)
+    assert [[len(g.prompt.token_ids) for g in part] for part in parts] == [[6, 6], [60, 60]]
+    assert split_by_token_budget([], 10) == []
+
+
+def test_rows_are_padded_and_masked():
+    batch = make_batch([group(2, (1, 3), 10, advantages=[0.5, -0.5]), group(4, (2,), 20, advantages=[2.0])])
+    assert batch.input_ids_BT.tolist() == [
+        [0, 0, 10, 11, 100, 0, 0],
+        [0, 0, 10, 11, 100, 101, 102],
+        [20, 21, 22, 23, 100, 101, 0],
+    ]
+    assert batch.attention_mask_BT.tolist() == [
+        [0, 0, 1, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1, 0],
+    ]
+    assert batch.completion_ids_BC.tolist() == [[100, 0, 0], [100, 101, 102], [100, 101, 0]]
+    assert batch.mask_BC.tolist() == [[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1.0, 1.0, 0.0]]
+    assert batch.mask_BC.dtype == torch.float32
+    assert batch.advantages_B.tolist() == [0.5, -0.5, 2.0]
+    assert batch.model_inputs == {}
+
+
+def test_an_empty_completion_is_a_row_without_trained_tokens():
+    batch = make_batch([group(2, (0, 0))])
+    assert batch.mask_BC.tolist() == [[0.0], [0.0]]
+    assert batch.attention_mask_BT.tolist() == [[1, 1, 0]] * 2
+
+
+def test_sft_groups_have_no_advantages():
+    assert make_batch([group(2, (1,), advantages=[])]).advantages_B.tolist() == [0.0]
+
+
+def test_every_row_has_its_own_pictures():
+    # As many tiles as placeholders: a prompt's picture is there once for each of its completions, in the rows' order.
+    groups = [
+        group(2, (1, 1), model_inputs=picture(2, 1.0)),
+        group(2, (1, 1, 1), model_inputs=picture(1, 5.0)),
+        group(2, (1,)),
+    ]
+    pixels = make_batch(groups).model_inputs["pixel_values"]
+    assert pixels[:, 0, 0, 0].tolist() == [1.0] * 4 + [5.0] * 3
+
+
+def test_moving_a_batch_moves_every_tensor():
+    moved = make_batch([group(model_inputs=picture())]).to(torch.device("meta"))
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 5
+    assert {t.device.type for t in [*tensors, *moved.model_inputs.values()]} == {"meta"}
+
+
+def test_a_text_batch_gets_the_idle_picture_and_trains_the_same_tokens():
+    text, alone = group(4, (2, 3)), make_batch([group(4, (2, 3))])
+    (batch,) = make_batches([text], 1000, IDLE)
+    assert batch.input_ids_BT.shape == (3, 7)
+    assert batch.input_ids_BT[2].tolist() == [0, 0, 7, 8, 9, 0, 0]
+    assert batch.mask_BC[2].tolist() == [0.0] * 3
+    assert batch.attention_mask_BT[2].tolist() == [0, 0, 1, 1, 1, 0, 0]
+    assert batch.model_inputs["pixel_values"].shape == (1, 3, 4, 4)
+    for name in ("input_ids_BT", "attention_mask_BT", "completion_ids_BC", "mask_BC", "advantages_B"):
+        assert torch.equal(getattr(batch, name)[:2], getattr(alone, name)), name
+
+
+@pytest.mark.parametrize(
+    ("groups", "idle", "rows"),
+    [
+        ([group(3, (2, 2), model_inputs=picture())], IDLE, 2),
+        ([group(3, (2, 2), model_inputs=picture()), group(3, (2, 2))], IDLE, 4),
+        ([group(3, (2, 2))], TEXT_IDLE, 2),
+    ],
+    ids=["a picture", "a picture and text", "an idle group without a picture"],
+)
+def test_no_idle_row_where_it_is_not_needed(groups, idle, rows):
+    (batch,) = make_batches(groups, 1000, idle)
+    assert len(batch.input_ids_BT) == rows
+    assert batch.mask_BC.sum() == 2 * rows
+
+
+@pytest.mark.parametrize(("count", "others", "expected"), [(2, 5, 5), (2, 1, 2), (0, 3, 3), (0, 0, 1)])
+def test_every_process_has_as_many_batches(count, others, expected):
+    groups = [group(6, (4, 4), first_token=i, model_inputs=picture()) for i in range(count)]
+    asked = []
+
+    def highest(number):
+        asked.append(number)
+        return max(number, others)
+
+    batches = make_batches(groups, 1, IDLE, highest)
+    assert len(batches) == expected
+    assert asked == [max(count, 1)]
+    assert [float(batch.mask_BC.sum()) for batch in batches] == [8.0] * count + [0.0] * (expected - count)
+    assert all("pixel_values" in batch.model_inputs for batch in batches)

@@ -1,0 +1,249 @@
+"""Rows become examples, or say why not; streams have one order on every process, without the bad rows."""
+
+import io
+import json
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from PIL import Image
+
+from sail_rl.command_line import BadInput
+from sail_rl.config import FileSource
+from sail_rl.data.example import BadRow, make_example
+from sail_rl.data.sources import JsonLinesRows, open_rows
+from sail_rl.data.stream import RowStream, Shard
+
+IMAGE, RED = {"type": "image"}, (255, 0, 0)
+HUGE_PNG = b"P6 20000 20000 255\n"  # the header of a picture of 400 million pixels; its name does not count
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def turn(*parts, role="user"):
+    return {"role": role, "content": list(parts)}
+
+
+def png(size=(4, 2)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, RED).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def example_of(folder, **row):
+    return make_example({"answer": "1"} | row, "row 1", {}, folder)
+
+
+UNREADABLE = {"no": None, "text": b"no picture", "empty": b"", "cut": png((50, 50))[:-40], "huge": HUGE_PNG}
+PICTURE = {"bytes": png(), "path": None}
+TALK = [{"role": "system", "content": "S"}, turn(text("A")), turn(text("B"), role="assistant"), turn(text("C"))]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages", "question", "conversational"),
+    [
+        ({"question": "Why?"}, [turn(text("Why?"))], "Why?", False),
+        ({"prompt": "Why?"}, [turn(text("Why?"))], "Why?", False),
+        ({"prompt": None, "question": "Why?"}, [turn(text("Why?"))], "Why?", False),
+        ({"prompt": [{"role": "user", "content": "Why?"}]}, [turn(text("Why?"))], "Why?", True),
+        ({"prompt": TALK}, [turn(text("S"), role="system"), *TALK[1:]], "C", True),
+        ({"question": "Why?", "images": [PICTURE] * 2}, [turn(IMAGE, IMAGE, text("Why?"))], "Why?", False),
+        ({"question": "A<image>\nB", "images": PICTURE}, [turn(text("A"), IMAGE, text("B"))], "AB", False),
+        ({"prompt": [turn(text("A"), IMAGE | {"text": None})], "images": PICTURE}, [turn(text("A"), IMAGE)], "A", True),
+    ],
+)
+def test_prompt_forms(tmp_path, row, messages, question, conversational):
+    example = example_of(tmp_path, **row)
+    assert example.messages == messages
+    assert (example.question, example.conversational) == (question, conversational)
+
+
+IN_BYTES, IN_FILE = {"bytes": png(), "path": "elsewhere.png"}, {"bytes": None, "path": "a.png"}
+PILLOW = Image.new("RGB", (4, 2), RED)
+FORMS = [("a.png", "a.png"), (png(), None), (IN_BYTES, "elsewhere.png"), (IN_FILE, "a.png"), (PILLOW, None)]
+
+
+@pytest.mark.parametrize(("image", "path"), FORMS, ids=["path", "bytes", "bytes in a dict", "path in a dict", "Pillow"])
+def test_image_forms(tmp_path, image, path):
+    (tmp_path / "a.png").write_bytes(png())
+    for column in ({"images": [image]}, {"images": image}, {"image": image}):
+        example = example_of(tmp_path, question="Why?", **column)
+        assert [(image.mode, image.size, image.getpixel((0, 0))) for image in example.images] == [("RGB", (4, 2), RED)]
+        assert example.columns["images"] == [path]
+
+
+@pytest.mark.parametrize("mode", ["P", "CMYK", "RGBA", "L", "1"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    (picture,) = example_of(tmp_path, question="Why?", image=Image.new("RGB", (3, 3), "white").convert(mode)).images
+    assert (picture.mode, picture.getpixel((1, 1))) == ("RGB", (255, 255, 255))
+
+
+def test_a_picture_is_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: the camera was held on its side
+    Image.new("RGB", (40, 20), "blue").save(tmp_path / "a.jpg", exif=exif)
+    assert example_of(tmp_path, question="Why?", images=["a.jpg"]).images[0].size == (20, 40)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"answer": "1"}, "no `question` and no `prompt`"),
+        ({"question": "Why?", "answer": None}, "no `answer` (or `solution`)"),
+        ({"prompt": {"role": "user"}}, "must be text or a list of"),
+        ({"question": 5}, "must be text or a list of"),
+        ({"prompt": [{"role": "user", "content": None}]}, "`content` must be text or a list of"),
+        ({"prompt": [turn("Why?")]}, "`content` must be text or a list of"),
+        ({"prompt": [turn(text(None))]}, "a part of type text has no `text`"),
+        ({"prompt": [{"role": "system", "content": "Why?"}]}, "has no user turn"),
+        ({"question": "<image>", "images": [PICTURE] * 2}, "2 images but 1 image placeholders"),
+        ({"question": "<image> and <image>", "images": [PICTURE]}, "1 images but 2 image placeholders"),
+        ({"question": "a <IMG_CONTEXT> b"}, "contains <IMG_CONTEXT>, which is reserved"),
+        ({"prompt": [turn(text("a<|im_end|>"))]}, "contains <|im_end|>, which is reserved"),
+        ({"question": "Why?", "images": [{"bytes": b"", "path": "x.png"}]}, "image x.png cannot be read: cannot ident"),
+        *[({"question": "Why?", "image": f"{name}.png"}, f"image {name}.png cannot be read") for name in UNREADABLE],
+        ({"question": "Why?", "images": [5]}, "an image is a path, bytes or a picture, not int"),
+    ],
+)
+def test_a_row_that_cannot_be_used_says_why(tmp_path, row, reason):
+    for name in set(UNREADABLE) - {"no"}:
+        (tmp_path / f"{name}.png").write_bytes(UNREADABLE[name])
+    with pytest.raises(BadRow, match=re.escape(reason)):
+        example_of(tmp_path, **row)
+
+
+def test_columns_are_mapped_and_the_others_reach_the_rewards(tmp_path):
+    row = {"problem": "Why?", "gold": 0, "level": 3, "uid": 7}
+    example = make_example(row, "row 1", {"question": "problem", "answer": "gold", "id": "uid"}, tmp_path)
+    columns = {"level": 3, "id": 7, "answer": "0", "images": []}
+    assert (example.id, example.question, example.columns) == ("7", "Why?", columns)
+    with pytest.raises(BadRow, match=r"no column 'wrong' \(named in data.columns\); the row has: problem, gold"):
+        make_example(row, "row 1", {"question": "wrong"}, tmp_path)
+    assert make_example({"question": "Why?", "solution": 2.5}, "row 9", {}, tmp_path).id == "row 9"
+
+
+def test_parquet_rows(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    images = [[], [{"bytes": png(), "path": "a.png"}]]
+    rows = {"question": ["Why?", "<image>How?"], "answer": ["1", "2"], "images": images, "level": [1, 2]}
+    plain, typed = tmp_path / "plain.parquet", tmp_path / "typed.parquet"
+    datasets.Dataset.from_dict(rows).to_parquet(plain)
+    datasets.Dataset.from_dict(rows).cast_column("images", datasets.List(datasets.Image())).to_parquet(typed)
+    for opened in (open_rows(FileSource(path=str(path)), "train", "data.train") for path in (plain, typed)):
+        examples = [make_example(opened.row(i), "-", {}, opened.folder) for i in range(len(opened))]
+        assert [len(example.images) for example in examples] == [0, 1]
+        assert examples[1].images[0].getpixel((0, 0)) == RED
+        assert examples[1].columns["level"] == 2
+
+
+NO_ROWS = ["no.jsonl: there is no", "bad.parquet is not", "a.csv: rows come", "a.jsonl: there are no rows"]
+
+
+@pytest.mark.parametrize("message", NO_ROWS)
+def test_a_file_that_cannot_be_opened(tmp_path, message):
+    for name in ("bad.parquet", "a.csv", "a.jsonl"):
+        (tmp_path / name).write_text("\n")
+    with pytest.raises(BadInput, match=f"data.eval.path = .*{message}"):
+        open_rows(FileSource(path=str(tmp_path / message.split(":")[0].split()[0])), "validation", "data.eval")
+
+
+# Rows of the stream tests: these are found bad at the start, and those once their picture is decoded.
+BROKEN_AT_START, BROKEN_PICTURE, ROWS = (3, 5), (8, 11), 20
+
+
+def write_rows(folder, broken_at_start=(), broken_picture=(), good=PICTURE["bytes"]):
+    (folder / "good.png").write_bytes(good)
+    (folder / "cut.png").write_bytes(UNREADABLE["cut"])
+    lines = []
+    for number in range(ROWS):
+        image = "cut.png" if number in broken_picture else "good.png"
+        line = json.dumps({"uid": f"r{number}", "question": "Why?", "image": image, "answer": "1"})
+        lines.append((line[:9] if number in broken_at_start else line) + "\n")
+    (folder / "rows.jsonl").write_text("".join(lines))
+    return folder / "rows.jsonl"
+
+
+def open_stream(path, **changed):
+    keys = {"columns": {"id": "uid"}, "seed": 0, "shuffle": True, "max_bad_rows": 0, "shard": Shard()} | changed
+    keys["quarantine_file"] = path.parent / "quarantine.jsonl"
+    return RowStream(JsonLinesRows(path), lambda example, place: (int(example.id[1:]), place), **keys)
+
+
+def rows_of(stream, count):
+    return [row for row, _ in stream.next_items(count)]
+
+
+def test_every_epoch_is_another_permutation(tmp_path):
+    stream = open_stream(path := write_rows(tmp_path))
+    first, second = rows_of(stream, ROWS), rows_of(stream, ROWS)
+    assert sorted(first) == sorted(second) == list(range(ROWS))
+    assert list(range(ROWS)) != first != second
+    assert rows_of(open_stream(path), 2 * ROWS) == first + second
+    assert rows_of(open_stream(path, seed=1), ROWS) != first
+    assert rows_of(open_stream(path, shuffle=False), ROWS + 2) == [*range(ROWS), 0, 1]
+
+
+def test_position_is_all_that_a_resumed_stream_needs(tmp_path):
+    path = write_rows(tmp_path, BROKEN_AT_START, BROKEN_PICTURE)
+    whole, resumed = open_stream(path, max_bad_rows=4), open_stream(path, max_bad_rows=4)
+    whole.next_items(7)
+    resumed.position = whole.position
+    assert [resumed.next_items(1) for _ in range(2 * ROWS)] == [whole.next_items(1) for _ in range(2 * ROWS)]
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["checked at start", "found on the way"])
+def test_bad_rows_are_set_aside_and_the_others_keep_their_order(tmp_path, checked):
+    (tmp_path / "all_good").mkdir()
+    everything = rows_of(open_stream(write_rows(tmp_path / "all_good")), 2 * ROWS)
+    expected = [row for row in everything if row not in BROKEN_AT_START + BROKEN_PICTURE]
+    stream = open_stream(write_rows(tmp_path, BROKEN_AT_START, BROKEN_PICTURE), max_bad_rows=4)
+    if checked:
+        stream.check_rows()
+        assert sorted(stream.bad_rows) == list(BROKEN_AT_START)
+    assert [rows_of(stream, 1)[0] for _ in expected] == expected
+    records = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted((record["row"], record["id"]) for record in records) == [(4, "-"), (6, "-"), (9, "r8"), (12, "r11")]
+    assert {record["reason"][:14] for record in records} == {"not valid JSON", "image cut.png "}
+
+
+def test_a_bad_row_met_twice_in_one_batch_is_recorded_once(tmp_path):
+    rows_of(open_stream(write_rows(tmp_path, (), (0,)), max_bad_rows=1), 2 * ROWS)
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 1
+
+
+def test_more_bad_rows_than_allowed_stop_the_run(tmp_path):
+    with pytest.raises(BadInput, match=r"(?s)2 rows cannot be used, and data.max_bad_rows = 1.*row 4 .*row 6 "):
+        open_stream(write_rows(tmp_path, BROKEN_AT_START), max_bad_rows=1).check_rows()
+    with pytest.raises(BadInput, match=r"1 rows cannot be used[^\n]*\n  row 9 \(id r8\): image cut.png cannot be read"):
+        open_stream(write_rows(tmp_path, (), (8,)), shuffle=False).next_items(ROWS)
+    with pytest.raises(BadInput, match="no usable row is left"):
+        open_stream(write_rows(tmp_path, (), range(ROWS)), max_bad_rows=ROWS).next_items(1)
+    with pytest.raises(BadInput, match="exceeds limit"):
+        open_stream(write_rows(tmp_path, good=HUGE_PNG)).check_rows()
+
+
+@pytest.mark.parametrize("bad", [(), BROKEN_PICTURE], ids=["good rows", "bad rows"])
+def test_two_processes_see_together_what_one_sees(tmp_path, bad):
+    path = write_rows(tmp_path, (), bad)
+    alone = open_stream(path, max_bad_rows=len(bad))
+    expected = [alone.next_items(4) for _ in range(8)]
+    barrier, slots = threading.Barrier(2, timeout=10), [None, None]
+
+    def process(rank):
+        def gather(items):
+            slots[rank] = items
+            barrier.wait()
+            joined = slots[0] + slots[1]
+            barrier.wait()
+            return joined
+
+        stream = open_stream(path, max_bad_rows=len(bad), shard=Shard(rank, 2, gather))
+        return [stream.next_items(4) for _ in range(8)]
+
+    with ThreadPoolExecutor(2) as pool:
+        seen = list(pool.map(process, range(2)))
+    assert [first + second for first, second in zip(*seen, strict=True)] == expected

@@ -1,0 +1,195 @@
+"""The pure losses against direct formulas in float64, written out token by token."""
+
+import math
+
+import pytest
+import torch
+
+from sail_rl.losses import is_clipped, kl_estimate, loss_normaliser, policy_loss, supervised_loss, token_log_probs
+
+B, T, V = 3, 5, 11
+LENGTHS = (5, 2, 3)
+
+
+def random(*shape, seed=0, scale=1.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+@pytest.fixture
+def logits_BTV():
+    return random(B, T, V, scale=3.0)
+
+
+@pytest.fixture
+def tokens_BT():
+    return torch.randint(2, V, (B, T), generator=torch.Generator().manual_seed(1))  # never 0 or 1
+
+
+@pytest.fixture
+def mask_BT():
+    return torch.tensor([[1.0] * length + [0.0] * (T - length) for length in LENGTHS])
+
+
+@pytest.fixture
+def policy():
+    """Log-probabilities (new, old, reference) and advantages that clip on both sides."""
+    old_BT = -random(B, T, seed=2).abs() - 0.5
+    return {
+        "log_probs_BT": old_BT + random(B, T, seed=3, scale=0.4),
+        "old_log_probs_BT": old_BT,
+        "advantages_B": torch.tensor([1.5, -0.7, 0.4], dtype=torch.float64),
+    }
+
+
+def distribution(logits_V, temperature, suppressed):
+    """Probabilities of one token, by the definition."""
+    weights = [0.0 if v in suppressed else math.exp(x / temperature) for v, x in enumerate(logits_V.tolist())]
+    return [weight / sum(weights) for weight in weights]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+@pytest.mark.parametrize("suppressed", [(), (0, 1)])
+def test_log_probs_and_entropy_are_those_of_the_sampler(logits_BTV, tokens_BT, temperature, suppressed):
+    terms = token_log_probs(logits_BTV, tokens_BT, temperature, suppressed)
+    assert terms.log_probs_BT.dtype == torch.float32
+    for b in range(B):
+        for t in range(T):
+            probabilities = distribution(logits_BTV[b, t], temperature, suppressed)
+            entropy = -sum(p * math.log(p) for p in probabilities if p > 0)
+            log_prob = math.log(probabilities[tokens_BT[b, t]])
+            assert terms.log_probs_BT[b, t].item() == pytest.approx(log_prob, rel=1e-5, abs=1e-5)
+            assert terms.entropy_BT[b, t].item() == pytest.approx(entropy, rel=1e-5, abs=1e-5)
+
+
+def test_suppressed_tokens_have_no_probability_and_the_rest_all_of_it(logits_BTV):
+    logits_BTV[..., 1] = 50.0  # would otherwise take everything
+    every_token_VBT = [torch.full((B, T), v) for v in range(V)]
+    log_probs_VBT = torch.stack([token_log_probs(logits_BTV, t, 0.8, (0, 1)).log_probs_BT for t in every_token_VBT])
+    assert (log_probs_VBT[:2] == -torch.inf).all()
+    assert log_probs_VBT[2:].isfinite().all()
+    torch.testing.assert_close(log_probs_VBT.exp().sum(0), torch.ones(B, T))
+
+
+def test_suppression_leaves_the_logits_and_their_gradient_alone(logits_BTV, tokens_BT):
+    logits_BTV = logits_BTV.float().requires_grad_()
+    before = logits_BTV.detach().clone()
+    terms = token_log_probs(logits_BTV, tokens_BT, suppressed_token_ids=(0, 1))
+    terms.log_probs_BT.sum().backward()
+    assert not terms.entropy_BT.requires_grad
+    assert torch.equal(logits_BTV.detach(), before)
+    assert logits_BTV.grad.isfinite().all()
+    assert not logits_BTV.grad[..., :2].any()
+    expected = torch.nn.functional.one_hot(tokens_BT, V) - torch.tensor(
+        [[distribution(before[b, t], 1.0, (0, 1)) for t in range(T)] for b in range(B)]
+    )
+    torch.testing.assert_close(logits_BTV.grad, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_kl_estimate_is_never_negative_and_right_on_average(logits_BTV):
+    """The mean over all tokens, weighted by the policy's probabilities, is KL(policy || reference)."""
+    log_p = torch.log_softmax(logits_BTV, -1)
+    log_q = torch.log_softmax(logits_BTV + random(B, T, V, seed=4), -1)
+    estimate = kl_estimate(log_p, log_q)
+    assert (estimate >= 0).all()
+    assert not kl_estimate(log_p, log_p).any()
+    torch.testing.assert_close((log_p.exp() * estimate).sum(-1), (log_p.exp() * (log_p - log_q)).sum(-1))
+    # One token by hand: the policy gives it 1/2, the reference 1/4.
+    one = kl_estimate(torch.tensor(0.5).log(), torch.tensor(0.25).log())
+    assert one.item() == pytest.approx(0.5 - math.log(0.5) - 1)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "clipped"),
+    [
+        (1.31, 1.0, True),
+        (1.29, 1.0, False),
+        (1.31, -1.0, False),
+        (0.79, -1.0, True),
+        (0.81, -1.0, False),
+        (0.79, 1.0, False),
+        (5.0, 0.0, False),
+        (0.1, 0.0, False),
+    ],
+)
+def test_is_clipped_exactly_where_the_loss_has_no_gradient(ratio, advantage, clipped):
+    assert is_clipped(torch.tensor([[ratio]]), torch.tensor([[advantage]]), 0.2, 0.3).item() is clipped
+    log_prob = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    one = torch.ones(1, 1)
+    loss, sums = policy_loss(
+        log_prob,
+        torch.zeros(1, 1),
+        torch.tensor([advantage]),
+        one,
+        loss_type="dapo",
+        epsilon=0.2,
+        epsilon_high=0.3,
+        normaliser=1.0,
+    )
+    loss.backward()
+    assert sums["clipped"] == clipped
+    assert (log_prob.grad.item() == 0) == (clipped or advantage == 0)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "normaliser"), [("grpo", 3), ("dr_grpo", 3 * 7), ("dapo", sum(LENGTHS))], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_policy_loss_equals_the_formula(policy, mask_BT, loss_type, normaliser, beta):
+    assert loss_normaliser(loss_type, LENGTHS, max_completion_length=7) == normaliser
+    reference_BT = random(B, T, seed=5) - 1 if beta else None
+    settings = {"loss_type": loss_type, "epsilon": 0.1, "epsilon_high": 0.3, "beta": beta, "normaliser": normaliser}
+    loss, sums = policy_loss(**policy, mask_BT=mask_BT, reference_log_probs_BT=reference_BT, **settings)
+    expected, clipped, kl_sum = 0.0, 0, 0.0
+    for b, length in enumerate(LENGTHS):
+        advantage, per_token = policy["advantages_B"][b].item(), []
+        for t in range(length):
+            new, old = policy["log_probs_BT"][b, t].item(), policy["old_log_probs_BT"][b, t].item()
+            ratio = math.exp(new - old)
+            surrogate = min(ratio * advantage, min(max(ratio, 0.9), 1.3) * advantage)
+            difference = reference_BT[b, t].item() - new if beta else 0.0
+            kl = math.exp(difference) - difference - 1
+            clipped += surrogate < ratio * advantage
+            kl_sum += kl
+            per_token.append(beta * kl - surrogate)
+        expected += sum(per_token) / length if loss_type == "grpo" else sum(per_token)
+    assert loss.item() == pytest.approx(expected / normaliser, rel=1e-12)
+    assert sums == pytest.approx({"clipped": clipped} | ({"kl": kl_sum} if beta else {}))
+    assert 0 < clipped < sum(LENGTHS)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
+def test_masked_positions_change_nothing(policy, mask_BT, loss_type):
+    """Neither loss nor log sums nor gradients, whatever stands there; and a row without any token gives no NaN."""
+    mask_BT[1] = 0
+    settings = {"loss_type": loss_type, "epsilon": 0.2, "epsilon_high": 0.2, "beta": 0.1, "normaliser": 4.0}
+    outcomes = []
+    for seed in (6, 7):
+        noise_BT = random(B, T, seed=seed) * (1 - mask_BT)
+        log_probs_BT = (policy["log_probs_BT"] + noise_BT).requires_grad_()
+        old_BT, reference_BT = policy["old_log_probs_BT"] - noise_BT, policy["old_log_probs_BT"] - 1 + 2 * noise_BT
+        advantages_B = policy["advantages_B"]
+        loss, sums = policy_loss(
+            log_probs_BT, old_BT, advantages_B, mask_BT, reference_log_probs_BT=reference_BT, **settings
+        )
+        loss.backward()
+        outcomes.append((loss.item(), sums, log_probs_BT.grad))
+    assert outcomes[0][:2] == outcomes[1][:2]
+    assert math.isfinite(outcomes[0][0])
+    assert torch.equal(outcomes[0][2], outcomes[1][2])
+    assert not outcomes[0][2][mask_BT == 0].any()
+    assert outcomes[0][2].any()
+
+
+def test_supervised_loss_is_the_mean_negative_log_likelihood(logits_BTV, tokens_BT, mask_BT):
+    log_probs_BT = torch.log_softmax(logits_BTV, -1).gather(-1, tokens_BT[..., None])[..., 0].requires_grad_()
+    loss, sums = supervised_loss(log_probs_BT, mask_BT, normaliser=sum(LENGTHS))
+    targets = tokens_BT.masked_fill(mask_BT == 0, -100).flatten()
+    expected = torch.nn.functional.cross_entropy(logits_BTV.view(-1, V), targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert sums == {"nll": pytest.approx(expected.item() * sum(LENGTHS))}
+    loss.backward()
+    torch.testing.assert_close(log_probs_BT.grad, -mask_BT.double() / sum(LENGTHS))
+
+
+def test_normaliser_of_nothing_is_not_zero():
+    assert [loss_normaliser(kind, [], 8) for kind in ("grpo", "dr_grpo", "dapo")] == [1, 8, 1]

@@ -1,0 +1,250 @@
+"""TRL 1.16's GRPOTrainer is the oracle: the same rollouts give the same advantages, loss, gradient and log figures.
+
+Nothing of TRL's is written out again here. Its real trainer takes the dataset rows (pictures included, 0, 1 and 2 a
+row, one of them tiled), tokenises, pads, encodes the pictures, scores, computes advantages, old and reference
+log-probabilities, and then the loss, on the tiny SAIL-VL2. Only the completions are given to it, by its `rollout_func`,
+and the reference model, since TRL's loader knows no class from outside transformers.
+
+On our side the functions of `train_grpo.py` run unchanged: `group_advantages`, `make_groups`, `make_batches`,
+`loss_normaliser`, `update_policy`. Off-policy is as in real life: old log-probabilities come from the weights before
+a step, and the gradient that is compared is the second one, after the step.
+
+`use_bias_correction_kl` is off on TRL's side: our KL term is the plain estimate, without the importance ratio by which
+TRL 1.16 multiplies it unless told otherwise (that changes the gradient whenever beta > 0).
+"""
+
+import copy
+import math
+import os
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rollouts import Prompt, Rollout
+from sail_rl.advantage import group_advantages
+from sail_rl.batch import idle_group, make_batches
+from sail_rl.config import GrpoSection
+from sail_rl.data.stream import Shard
+from sail_rl.launch import Run
+from sail_rl.losses import loss_normaliser
+from sail_rl.model.tiny import tiny_model, tiny_processor
+from sail_rl.questions import Question
+from sail_rl.update import make_groups, update_policy
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo")
+GROUP, LONGEST = 4, 24
+# Text, sizes of its pictures (the wide one becomes two tiles and a thumbnail), rewards of the group.
+QUESTIONS = [
+    ("how many red cards are there?", [(56, 56)], (1.0, 0.0, 0.5, 1.0)),
+    ("add the two numbers in the pictures", [(112, 56), (56, 56)], (0.0, 0.0, 1.0, 0.0)),
+    ("what colour has it?", [(56, 56)], (0.7, 0.7, 0.7, 0.7)),
+    ("what is four plus five? say nothing else", [], (0.25, 1.0, 0.0, 0.1)),
+]
+REWARDS = torch.tensor([reward for *_, rewards in QUESTIONS for reward in rewards])
+BIG, SMALL = 100_000, 200  # token budgets: all rows in one micro-batch; each group in its own
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The model is too small to share out: on a busy machine, threads that wait for each other are ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Model, reference, prompts and completions that both sides share."""
+    processor = tiny_processor([text for text, *_ in QUESTIONS] * 3, max_tiles=4)
+    policy = tiny_model(processor, seed=0)
+    policy.lm_head.weight.data *= 8  # far from uniform, as a trained model is
+    rng, rows, prompts = np.random.default_rng(0), [], []
+    for text, sizes, _ in QUESTIONS:
+        images = [Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)) for size in sizes]
+        messages = [{"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]}]
+        chat = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        encoded = processor(text=[chat], images=images or None, return_tensors="pt")
+        pixels = {"pixel_values": encoded["pixel_values"]} if images else {}
+        prompts.append(Prompt(text, encoded["input_ids"][0].tolist(), tuple(images), pixels))
+        rows += [{"prompt": [{"role": "user", "content": text}], "images": images} for _ in range(GROUP)]
+    lengths = rng.permutation(np.linspace(1, LONGEST - 1, len(rows)).astype(int))
+    completions = [rng.integers(0, 250, length).tolist() for length in lengths]
+    return SimpleNamespace(
+        processor=processor,
+        policy=policy,
+        reference=nudge(copy.deepcopy(policy), seed=1).eval(),
+        rows=rows,
+        questions=[Question(None, prompt) for prompt in prompts],
+        rollouts=[Rollout(ids, [0.0] * len(ids), "", "stop", 0) for ids in completions],
+        idle=idle_group(processor, with_picture=True),
+    )
+
+
+def nudge(model, seed, size=0.1):
+    """Change every weight by a random share of its parameter's size, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for weights in (parameter.data for parameter in model.parameters()):
+        weights += size * weights.std(correction=0) * torch.randn(weights.shape, generator=generator)
+    return model
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def trl_trainer(world, model, rewards, tmp_path, monkeypatch, **settings):
+    """The real trainer; it gets our completions and rewards row by row."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer import grpo_trainer
+
+    def rollout_func(prompts, trainer):
+        prompt_ids = [question.prompt.token_ids for question in world.questions for _ in range(GROUP)]
+        completion_ids = [rollout.token_ids for rollout in world.rollouts]
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
+
+    def reward(completions, **columns):
+        return [None if math.isnan(value) else value for value in rewards.tolist()]
+
+    settings |= {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    settings |= {"per_device_train_batch_size": len(world.rows), "num_generations": GROUP}
+    settings |= {"max_completion_length": LONGEST, "use_bias_correction_kl": False}
+    args = GRPOConfig(str(tmp_path), **settings)
+    monkeypatch.setattr(grpo_trainer, "create_model_from_path", lambda *_, **__: copy.deepcopy(world.reference))
+    data, processor = Dataset.from_list([{"prompt": "unused"}]), world.processor
+    trainer = GRPOTrainer(model, reward, args, data, processing_class=processor, rollout_func=rollout_func)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1  # as its training loop would
+    return trainer
+
+
+def trl_side(world, tmp_path, monkeypatch, off_policy, **settings):
+    """(loss, gradient of every parameter, TRL's own log figures)."""
+    settings["num_iterations"] = 2 if off_policy else 1
+    model = copy.deepcopy(world.policy)
+    trainer = trl_trainer(world, model, REWARDS, tmp_path, monkeypatch, **settings)
+    inputs = trainer._generate_and_score_completions(world.rows)
+    assert ("old_per_token_logps" in inputs) == off_policy  # else TRL, too, takes the current ones
+    if off_policy:
+        nudge(model, seed=2)
+    (loss := trainer._compute_loss(model, inputs)).backward()
+    return loss.item(), gradients(model), {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+class Recorder:
+    """Stands in for accelerator and optimizer: notes loss and gradient; a step nudges the weights."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model):
+        self.model, self.losses, self.gradients = model, [], []
+
+    def zero_grad(self):
+        self.model.zero_grad()
+        self.losses.append(0.0)
+
+    def backward(self, loss):
+        loss.backward()
+        self.losses[-1] += loss.item()
+
+    def no_sync(self, model):
+        return nullcontext()
+
+    def clip_grad_norm_(self, parameters, max_norm):
+        return torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+
+    def step(self):
+        self.gradients.append(gradients(self.model))
+        nudge(self.model, seed=2)
+
+
+def our_side(world, off_policy, token_budget=BIG, keep_all=True, idle=None, temperature=1.0, **settings):
+    """(loss, gradient of every parameter, log figures, rows of each micro-batch), by what `train_grpo.py` calls."""
+    grpo = GrpoSection(**settings, num_iterations=2 if off_policy else 1)
+    model = copy.deepcopy(world.policy).train()
+    recorder, rollout = Recorder(model), SimpleNamespace(temperature=temperature)
+    recipe = SimpleNamespace(grpo=grpo, rollout=rollout, optim=SimpleNamespace(max_grad_norm=math.inf))
+    run = Run(recipe, None, recorder, Shard())
+    advantages = group_advantages(REWARDS, GROUP, grpo.scale_rewards)
+    groups = make_groups(world.questions, world.rollouts, advantages, Shard(), keep_all)
+    batches = make_batches(groups, token_budget, idle or idle_group(world.processor, with_picture=False))
+    normaliser = loss_normaliser(grpo.loss_type, [len(rollout.token_ids) for rollout in world.rollouts], LONGEST)
+    reference = world.reference if grpo.beta else None
+    figures = update_policy(run, model, reference, recorder, batches, normaliser, suppressed=())
+    return recorder.losses[-1], recorder.gradients[-1], figures, [len(batch.mask_BC) for batch in batches]
+
+
+def assert_same(ours, theirs, tolerance=1e-5):
+    """Loss within a relative `tolerance` (or 1e-7: some are 0); each gradient within that of its own largest entry."""
+    assert ours[0] == pytest.approx(theirs[0], rel=tolerance, abs=tolerance * 1e-2)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, expected in theirs[1].items():
+        largest = expected.abs().max()
+        assert largest > 0, name
+        assert (ours[1][name] - expected).abs().max() <= tolerance * largest, name
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(
+    ("off_policy", "beta", "temperature"), [(False, 0.0, 1.0), (False, 0.04, 0.7), (True, 0.0, 0.7), (True, 0.04, 1.0)]
+)
+def test_loss_and_gradient_equal_trl(world, tmp_path, monkeypatch, loss_type, off_policy, beta, temperature):
+    settings = {"loss_type": loss_type, "beta": beta, "temperature": temperature}
+    settings |= {"epsilon": 0.1, "epsilon_high": 0.2, "scale_rewards": "batch" if off_policy else "group"}
+    *theirs, metrics = trl_side(world, tmp_path, monkeypatch, off_policy, **settings)
+    *ours, figures, rows = our_side(world, off_policy, **settings)
+    assert rows == [len(world.rows)]
+    assert_same(ours, theirs)
+    low, high = metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"]
+    if off_policy:  # our figures are means over both iterations, and the first clips nothing
+        assert low > 0.05
+        assert high > 0.05
+        assert 2 * figures["clip_fraction"] == pytest.approx(low + high, rel=1e-5)
+    else:
+        assert figures["clip_fraction"] == low + high == 0
+        assert figures["entropy"] == pytest.approx(metrics["entropy"], rel=1e-5)
+        assert figures.get("kl", 0) == pytest.approx(metrics.get("kl", 0), rel=1e-5)
+        assert beta == 0 or figures["kl"] > 0.01
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_micro_batches_and_idle_rows_change_nothing(world, loss_type):
+    settings = {"loss_type": loss_type, "beta": 0.04, "epsilon": 0.1, "temperature": 0.7}
+    *whole, _, _ = our_side(world, off_policy=True, **settings)
+    *cut, _, rows = our_side(world, off_policy=True, token_budget=SMALL, idle=world.idle, **settings)
+    assert sorted(rows) == [GROUP, GROUP, GROUP, GROUP + 1]  # the batch of text alone got the idle row
+    assert_same(cut, whole)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_leaving_out_groups_without_signal_changes_nothing(world, loss_type):
+    *everything, figures, _ = our_side(world, off_policy=True, loss_type=loss_type)
+    *some, fewer, rows = our_side(world, off_policy=True, keep_all=False, loss_type=loss_type)
+    assert rows == [len(world.rows) - GROUP]
+    assert fewer["tokens/trained"] < figures["tokens/trained"]
+    assert_same(some, everything)
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("unscored", [(), (1, 4, 5, 6, 8, 9, 10, 11)])
+def test_advantages_equal_trl(world, tmp_path, monkeypatch, scale_rewards, unscored):
+    """Random rewards; one group with equal ones; and a group with one, a group with three and one with none."""
+    rewards = torch.rand(len(world.rows), generator=torch.Generator().manual_seed(len(unscored)))
+    rewards[12:] = 0.1
+    rewards[list(unscored)] = torch.nan
+    model = copy.deepcopy(world.policy)
+    trainer = trl_trainer(world, model, rewards, tmp_path, monkeypatch, scale_rewards=scale_rewards)
+    text_rows = [{"prompt": row["prompt"]} for row in world.rows]
+    theirs = trainer._generate_and_score_completions(text_rows)["advantages"]
+    ours = group_advantages(rewards, GROUP, scale_rewards)
+    torch.testing.assert_close(ours.values_N, theirs, rtol=1e-5, atol=1e-6)
+    assert ours.values_N.abs().max() > 0.1
+    assert not ours.values_N[12:].any()
+    assert ours.has_signal_P.tolist() == [True, not unscored, not unscored, False]
