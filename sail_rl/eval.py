@@ -82,7 +82,7 @@ def predictions_once(
 
 
 def accuracy_now(run: Run, step: int, engine: RolloutEngine, stream: RowStream[Question] | None) -> dict[str, Any]:
-    """`eval/accuracy` at the steps that `trainer.eval_every` asks for; the last step is evaluated after the run anyway."""
+    """`eval/accuracy` at the steps of `trainer.eval_every`; the last one is evaluated after the run anyway."""
     trainer = run.recipe.trainer
     if stream is None or trainer.eval_every is None or step % trainer.eval_every or step == trainer.max_steps:
         return {}

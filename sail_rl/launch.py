@@ -85,13 +85,18 @@ def share_threads(accelerator) -> None:
 
 
 def make_folder(run: Run) -> None:
-    """The run's folder with the resolved recipe and the machine's facts."""
+    """The run's folder with the resolved recipe."""
     if run.is_main:
         for part in ("transcripts", "pictures", "checkpoints"):
             (run.folder / part).mkdir(parents=True, exist_ok=True)
         (run.folder / "config.yaml").write_text(recipe_text(run.recipe))
-        write_json(run.folder / "environment.json", environment(run.accelerator))
     run.accelerator.wait_for_everyone()
+
+
+def record_environment(run: Run, model) -> None:
+    """Versions, devices, processes, threads and the wrapper around the model, as environment.json."""
+    if run.is_main:
+        write_json(run.folder / "environment.json", environment(run.accelerator) | {"wrapper": type(model).__name__})
 
 
 def flat(values: dict, prefix: str = "") -> dict:

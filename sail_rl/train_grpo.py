@@ -18,7 +18,7 @@ def train(recipe: GrpoRecipe) -> None:
     from sail_rl.batch import idle_group, make_batches
     from sail_rl.eval import accuracy_now, predictions_once
     from sail_rl.finish import finish_run
-    from sail_rl.launch import check_divisible, start_run
+    from sail_rl.launch import check_divisible, record_environment, start_run
     from sail_rl.losses import loss_normaliser
     from sail_rl.metrics import MetricsLog, Stopwatch
     from sail_rl.model.load import image_token_ids, load_model, prepare_for_training
@@ -45,6 +45,7 @@ def train(recipe: GrpoRecipe) -> None:
     # Optimizer, engine, and where a resumed run stands.
     prepare_for_training(policy, trainer.gradient_checkpointing)
     model, optimizer = run.accelerator.prepare(policy, make_optimizer(policy, recipe.optim))
+    record_environment(run, model)
     reference = reference.to(run.accelerator.device) if reference else None
     progress = checkpoint.load_progress(resumed, optimizer)
     stream.position = progress.data_position

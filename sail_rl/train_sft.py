@@ -16,7 +16,7 @@ def train(recipe: SftRecipe) -> None:
     from sail_rl.batch import Group, idle_group, make_batches
     from sail_rl.eval import accuracy_now, predictions_once
     from sail_rl.finish import finish_run
-    from sail_rl.launch import check_divisible, start_run
+    from sail_rl.launch import check_divisible, record_environment, start_run
     from sail_rl.metrics import MetricsLog, Stopwatch
     from sail_rl.model.load import image_token_ids, load_model, prepare_for_training
     from sail_rl.optimizer import make_optimizer, set_learning_rate
@@ -37,6 +37,7 @@ def train(recipe: SftRecipe) -> None:
     # Optimizer, and where a resumed run stands.
     prepare_for_training(policy, trainer.gradient_checkpointing)
     model, optimizer = run.accelerator.prepare(policy, make_optimizer(policy, recipe.optim))
+    record_environment(run, model)
     progress = checkpoint.load_progress(resumed, optimizer)
     stream.position = progress.data_position
     engine = HFEngine(policy, processor.tokenizer, image_token_ids(policy, processor), trainer.eval_batch_size)

@@ -1,0 +1,75 @@
+"""Two processes on one CPU (gloo): real data parallelism, and the losses of one process."""
+
+import json
+import os
+
+import pytest
+from conftest import BIN, SMALL, SMALL_GRPO, command, torchrun
+from PIL import Image
+
+pytestmark = pytest.mark.dist
+
+REWARD = "def spread(completions, **columns):\n    return [float(sum(map(ord, text)) % 11) for text in completions]\n"
+
+
+@pytest.fixture(scope="module")
+def mixed_rows(tmp_path_factory):
+    """Rows with and without a picture, in runs, so that some process has text alone."""
+    folder = tmp_path_factory.mktemp("rows")
+    for number, colour in enumerate(["red", "green", "blue"]):
+        Image.new("RGB", (56, 56), colour).save(folder / f"{number}.png")
+    rows = [
+        {"question": f"Question {i}: what is it?", "answer": str(i), "reasoning": f"It is {i}, as can be seen."}
+        | ({"images": [f"{i % 3}.png"]} if i % 4 < 2 else {})
+        for i in range(16)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "mine.py").write_text(REWARD)
+    return folder
+
+
+def losses(run) -> list[tuple[float, float, float]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["loss"], r["grad_norm"], r["entropy"]) for r in records]
+
+
+def assert_two_processes(run) -> None:
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["processes"] == 2
+    assert environment["wrapper"] == "DistributedDataParallel"
+    assert environment["threads_per_process"] == max(1, (os.cpu_count() or 1) // 2)
+
+
+def test_grpo_on_text_and_pictures_equals_one_process(start, mixed_rows, tmp_path):
+    rewards = f"rewards=[{{function: '{mixed_rows / 'mine.py'}:spread'}}]"
+    common = ["sail_rl/train_grpo.py", "recipes/quickstart.yaml", *SMALL_GRPO, f"model={start}", rewards]
+    # In the order of the file, the second process has rows of text alone in every step.
+    common += [f"data.train={mixed_rows / 'rows.jsonl'}", "data.shuffle=false", "update.token_budget=300"]
+    one = command(*common, f"output_dir={tmp_path / 'one'}")
+    two = command(*common, f"output_dir={tmp_path / 'two'}", launcher=torchrun(2))
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    assert_two_processes(tmp_path / "two")
+    for ours, theirs in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+        assert ours[1] > 0
+
+
+def test_sft_through_accelerate_equals_one_process(start, mixed_rows, tmp_path):
+    common = ["sail_rl/train_sft.py", "recipes/quickstart_sft.yaml", *SMALL, "sft.samples_per_step=4"]
+    common += ["model.random_init=null", f"model.path={start}", f"data.train={mixed_rows / 'rows.jsonl'}"]
+    accelerate = (str(BIN / "accelerate"), "launch", "--config_file", "recipes/accelerate/cpu_2.yaml")
+    one = command(*common, f"output_dir={tmp_path / 'one'}")
+    two = command(*common, f"output_dir={tmp_path / 'two'}", launcher=accelerate)
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    assert_two_processes(tmp_path / "two")
+    for ours, theirs in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+def test_rows_that_cannot_be_shared(start, tmp_path):
+    overrides = (f"model={start}", f"output_dir={tmp_path / 'run'}", "rollout.prompts_per_step=3")
+    result = command("sail_rl/train_grpo.py", "recipes/quickstart.yaml", *SMALL, *overrides, launcher=torchrun(2))
+    assert result.returncode != 0
+    assert "rollout.prompts_per_step = 3 cannot be shared by 2 processes" in result.stderr
