@@ -204,8 +204,7 @@ def test_loss_and_gradient_equal_trl(world, tmp_path, monkeypatch, loss_type, of
     assert_same(ours, theirs)
     low, high = metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"]
     if off_policy:  # our figures are means over both iterations, and the first clips nothing
-        assert low > 0.05
-        assert high > 0.05
+        assert min(low, high) > 0.05
         assert 2 * figures["clip_fraction"] == pytest.approx(low + high, rel=1e-5)
     else:
         assert figures["clip_fraction"] == low + high == 0
