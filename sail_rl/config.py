@@ -98,6 +98,9 @@ def expand_source(value: Any) -> Any:
     return {"source": "file" if value.endswith((".jsonl", ".json", ".parquet")) else "hub", "path": value}
 
 
+Share = Annotated[float, Field(gt=0)]
+
+
 class DataSection(Section):
     """Where questions come from and how they are put to the model."""
 
@@ -108,8 +111,9 @@ class DataSection(Section):
     """Our column name -> the dataset's: `{question: problem, answer: gold}`."""
     thinking: Literal["think", "direct"] = "think"
     """Answer form that is asked for: reasoning and a boxed answer, or a boxed answer alone."""
-    reasoning: Literal["terse", "wordy"] = "terse"
-    """Which of the picture task's reasoning traces SFT imitates."""
+    reasoning: Annotated[dict[Literal["terse", "wordy", "hasty"], Share], Field(min_length=1)] = {"terse": 1.0}
+    """Which reasoning traces SFT imitates: one kind, or several with their shares. `terse` is the column `reasoning`,
+    any other kind is `reasoning_<kind>`, with an answer of its own where the row has `answer_<kind>`."""
     max_prompt_length: Annotated[int, Field(ge=1)] = 4096
     """In tokens, pictures included; a longer prompt is a bad row, never cut."""
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
@@ -117,6 +121,12 @@ class DataSection(Section):
     shuffle: bool = True
 
     _expand = field_validator("train", "eval", mode="before")(expand_source)
+
+    @field_validator("reasoning", mode="before")
+    @classmethod
+    def expand_reasoning(cls, value: Any) -> Any:
+        """Allow `reasoning: wordy`."""
+        return {value: 1.0} if isinstance(value, str) else value
 
 
 class RolloutSection(Section):

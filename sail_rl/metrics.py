@@ -94,8 +94,16 @@ def plain_number(value: Any) -> float | int | None:
 def keep_steps_until(file: Path, step: int) -> None:
     """Drop records after `step`, which a resumed run writes again."""
     if file.is_file():
-        lines = [line for line in file.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+        lines = [line for line in file.read_text().splitlines() if 0 < step_of(line) <= step]
         file.write_text("".join(f"{line}\n" for line in lines))
+
+
+def step_of(line: str) -> int:
+    """The record's step; 0 for a line that a killed run left unfinished."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return 0
 
 
 def mean(values: Sequence[float | None]) -> float | None:

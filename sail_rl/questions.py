@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, overload
 
 from rollouts import Prompt, Rollout
 from sail_rl.data.example import Example
-from sail_rl.data.prompting import Sample, make_prompt, make_sample
+from sail_rl.data.prompting import Sample, make_prompt, make_sample, pick_kind
 from sail_rl.data.sources import open_rows
 from sail_rl.data.stream import RowStream
 from sail_rl.launch import Run
@@ -44,7 +44,8 @@ def sample_stream(run: Run, processor) -> RowStream[Sample]:
     data, max_length = run.recipe.data, run.recipe.sft.max_length
 
     def prepare(example: Example, position: int) -> Sample:
-        return make_sample(example, processor, data.thinking, data.reasoning, data.max_prompt_length, max_length)
+        kind = pick_kind(data.reasoning, run.recipe.seed, position)
+        return make_sample(example, processor, data.thinking, kind, data.max_prompt_length, max_length)
 
     return checked_stream(run, "train", prepare)
 

@@ -1,5 +1,6 @@
 """A run is a folder: what is in it, whether it may go on, and what machine wrote it. Imports no torch at the top."""
 
+import importlib.util
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ FREE_KEYS = (
 def check_run(recipe: CommonRecipe) -> None:
     """Everything about folders that can be wrong, before torch is imported."""
     check_model_path(recipe.model.path)
+    check_trackers(recipe.trainer.log_with)
     folder = Path(recipe.output_dir)
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"output_dir = {folder}: it is a file")
@@ -54,6 +56,13 @@ def check_model_path(path: str | None) -> None:
     if maker and Path(maker).stem == "quickstart_sft":
         hint = "\n  it is the quickstart's start: run make quickstart"
     raise BadInput(f"model.path = {path}: there is no checkpoint{hint}")
+
+
+def check_trackers(names: list) -> None:
+    """A tracker whose package is missing is a mistake; accelerate would leave it out without a word."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise BadInput(f"trainer.log_with = [{name}]: the package is not installed; pip install {name}")
 
 
 def recipe_that_writes(path: Path) -> str | None:

@@ -12,6 +12,7 @@ from PIL import Image
 from sail_rl.command_line import BadInput
 from sail_rl.config import FileSource
 from sail_rl.data.example import BadRow, make_example
+from sail_rl.data.prompting import pick_kind, target_text
 from sail_rl.data.sources import JsonLinesRows, open_rows
 from sail_rl.data.stream import RowStream, Shard
 
@@ -63,7 +64,7 @@ def test_prompt_forms(tmp_path, row, messages, question, conversational):
 
 IN_BYTES, IN_FILE = {"bytes": png(), "path": "elsewhere.png"}, {"bytes": None, "path": "a.png"}
 PILLOW = Image.new("RGB", (4, 2), RED)
-FORMS = [("a.png", "a.png"), (png(), None), (IN_BYTES, "elsewhere.png"), (IN_FILE, "a.png"), (PILLOW, None)]
+FORMS = [("a.png", "a.png"), (png(), None), (IN_BYTES, None), (IN_FILE, None), (PILLOW, None)]
 
 
 @pytest.mark.parametrize(("image", "path"), FORMS, ids=["path", "bytes", "bytes in a dict", "path in a dict", "Pillow"])
@@ -72,7 +73,7 @@ def test_image_forms(tmp_path, image, path):
     for column in ({"images": [image]}, {"images": image}, {"image": image}):
         example = example_of(tmp_path, question="Why?", **column)
         assert [(image.mode, image.size, image.getpixel((0, 0))) for image in example.images] == [("RGB", (4, 2), RED)]
-        assert example.columns["images"] == [path]
+        assert example.columns["images"] == [str(tmp_path / path) if path else None]
 
 
 @pytest.mark.parametrize("mode", ["P", "CMYK", "RGBA", "L", "1"])
@@ -247,3 +248,22 @@ def test_two_processes_see_together_what_one_sees(tmp_path, bad):
     with ThreadPoolExecutor(2) as pool:
         seen = list(pool.map(process, range(2)))
     assert [first + second for first, second in zip(*seen, strict=True)] == expected
+
+
+def test_the_target_is_the_trace_and_answer_of_its_kind(tmp_path):
+    traces = {"reasoning": "Two ones.", "reasoning_hasty": "A guess.", "answer_hasty": "7", "reasoning_wordy": "Long."}
+    example = example_of(tmp_path, question="Why?", answer="2", **traces)
+    assert target_text(example, "think") == "<think>Two ones.</think>\n\\boxed{2}"
+    assert target_text(example, "think", "wordy") == "<think>Long.</think>\n\\boxed{2}"
+    assert target_text(example, "think", "hasty") == "<think>A guess.</think>\n\\boxed{7}"
+    assert target_text(example, "direct", "hasty") == "\\boxed{2}"
+    with pytest.raises(BadRow, match="no `reasoning_wordy` to imitate"):
+        target_text(example_of(tmp_path, question="Why?", reasoning="Two ones."), "think", "wordy")
+
+
+def test_kinds_of_reasoning_come_in_their_shares_and_do_not_depend_on_the_run():
+    kinds = [pick_kind({"terse": 1.0, "hasty": 3.0}, 5, position) for position in range(2000)]
+    assert kinds == [pick_kind({"terse": 1.0, "hasty": 3.0}, 5, position) for position in range(2000)]
+    assert kinds != [pick_kind({"terse": 1.0, "hasty": 3.0}, 6, position) for position in range(2000)]
+    assert 0.7 < kinds.count("hasty") / 2000 < 0.8
+    assert {pick_kind({"wordy": 0.1}, 0, position) for position in range(20)} == {"wordy"}

@@ -1,6 +1,8 @@
 """From an example to what the model reads: the prompt's tokens, and for SFT the target's."""
 
 import copy
+import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rollouts import Prompt
@@ -40,12 +42,12 @@ def make_prompt(example: Example, processor, thinking: str, max_prompt_length: i
 
 
 def make_sample(
-    example: Example, processor, thinking: str, reasoning: str, max_prompt_length: int, max_length: int
+    example: Example, processor, thinking: str, kind: str, max_prompt_length: int, max_length: int
 ) -> Sample:
     """Prompt and target; raises BadRow when the row has no reasoning to imitate or is too long."""
     prompt = make_prompt(example, processor, thinking, max_prompt_length)
     tokenizer = processor.tokenizer
-    target_ids = tokenizer(target_text(example, thinking, reasoning), add_special_tokens=False)["input_ids"]
+    target_ids = tokenizer(target_text(example, thinking, kind), add_special_tokens=False)["input_ids"]
     target_ids.append(tokenizer.eos_token_id)
     length = len(prompt.token_ids) + len(target_ids)
     if length > max_length:
@@ -53,12 +55,18 @@ def make_sample(
     return Sample(prompt, target_ids)
 
 
-def target_text(example: Example, thinking: str, reasoning: str) -> str:
+def pick_kind(shares: Mapping[str, float], seed: int, position: int) -> str:
+    """The kind of reasoning that this sample imitates: in the given shares, the same in every run."""
+    return random.Random(f"{seed}/{position}").choices(list(shares), list(shares.values()))[0]
+
+
+def target_text(example: Example, thinking: str, kind: str = "terse") -> str:
     """What the assistant should say."""
-    answer = f"\\boxed{{{example.columns['answer']}}}"
     if thinking == "direct":
-        return answer
-    trace = example.columns.get("reasoning_wordy" if reasoning == "wordy" else "reasoning")
+        return f"\\boxed{{{example.columns['answer']}}}"
+    column = "reasoning" if kind == "terse" else f"reasoning_{kind}"
+    trace = example.columns.get(column)
     if not trace:
-        raise BadRow("no `reasoning` to imitate; map one with data.columns, or set data.thinking: direct")
-    return f"<think>{trace}</think>\n{answer}"
+        raise BadRow(f"no `{column}` to imitate; map one with data.columns, or set data.thinking: direct")
+    answer = example.columns.get(f"answer_{kind}", example.columns["answer"])
+    return f"<think>{trace}</think>\n\\boxed{{{answer}}}"

@@ -117,9 +117,8 @@ class RowStream(Generic[Item]):
         """Set rows aside; stop when there are more than `data.max_bad_rows`."""
         bad = [(i, why) for i, why in dict(bad).items() if i not in self.bad_rows]
         self.bad_rows.update(bad)
-        if self.quarantine_file and self.shard.rank == 0 and bad:
-            with self.quarantine_file.open("a") as file:
-                file.writelines(json.dumps({"row": i + 1, "id": self._id(i), "reason": why}) + "\n" for i, why in bad)
+        if self.quarantine_file and self.shard.rank == 0:
+            self._record(self.quarantine_file, bad)
         if len(self.bad_rows) > self.max_bad_rows:
             shown = [f"  row {i + 1} (id {self._id(i)}): {why}" for i, why in sorted(self.bad_rows.items())]
             more = [f"  and {len(shown) - MISTAKES_SHOWN} more"] if len(shown) > MISTAKES_SHOWN else []
@@ -127,6 +126,15 @@ class RowStream(Generic[Item]):
                 f"{self.rows.name}: {len(shown)} rows cannot be used, and data.max_bad_rows = {self.max_bad_rows}; "
                 "mend or remove them, or raise the limit:\n" + "\n".join(shown[:MISTAKES_SHOWN] + more)
             )
+
+    def _record(self, file: Path, bad: list[tuple[int, str]]) -> None:
+        """Add rows to the quarantine file, except those that an earlier part of the same run has put there."""
+        known = set(file.read_text().splitlines()) if file.is_file() else set()
+        source = self.rows.name
+        rows = [{"source": source, "row": i + 1, "id": self._id(i), "reason": why} for i, why in bad]
+        lines = [line for line in map(json.dumps, rows) if line not in known]
+        with file.open("a") as appended:
+            appended.writelines(line + "\n" for line in lines)
 
     def _id(self, index: int) -> str:
         try:

@@ -55,9 +55,8 @@ def freeze(model, part: str) -> None:
 def picture_corpus() -> list[str]:
     """Text that the tiny tokenizer is made for: questions and reasoning of the picture task."""
     rows = [picture_row("train", index, seed=12345, size=56) for index in range(1500)]
-    texts = [
-        f"{row['question']}\n{row['reasoning']}\n{row['reasoning_wordy']}\n\\boxed{{{row['answer']}}}" for row in rows
-    ]
+    kinds = ("question", "reasoning", "reasoning_wordy", "reasoning_hasty")
+    texts = ["\n".join([*(row[kind] for kind in kinds), f"\\boxed{{{row['answer']}}}"]) for row in rows]
     return [*texts, "system\nuser\nassistant\n Think first.</think>\n\\boxed{"]
 
 

@@ -23,6 +23,7 @@ from sail_rl.model.processing_sail_vl2 import (
 
 IMAGE_SIZE = 56  # 4x4 patches of 14 pixels: 4 tokens a tile after the pixel shuffle
 TOKENS_PER_TILE = (IMAGE_SIZE // 14 // 2) ** 2
+INITIALIZER_RANGE = 0.05  # 0.02 suits widths of thousands; at 128 it starts the layers too near to zero
 THINK_TOKENS = ("<think>", "</think>")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", START_IMAGE, IMAGE_CONTEXT, END_IMAGE)
 # Words and single digits stay whole, as in Qwen's tokenizer: a number is read digit by digit.
@@ -81,6 +82,7 @@ def tiny_config(processor: SailVL2Processor) -> SailVL2Config:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "image_size": IMAGE_SIZE,
+        "initializer_range": INITIALIZER_RANGE,
     }
     text = {
         "model_type": "qwen3",
@@ -91,6 +93,7 @@ def tiny_config(processor: SailVL2Processor) -> SailVL2Config:
         "num_key_value_heads": 2,
         "head_dim": 32,
         "vocab_size": len(tokenizer),
+        "initializer_range": INITIALIZER_RANGE,
         "max_position_embeddings": 4096,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -1,10 +1,12 @@
 """The built-in picture task: drawn on the fly, seeded, no download.
 
-`picture_row(split, index)` is a pure function of its arguments: question, picture, answer, the scene drawn and two
-reasoning traces. No scene is in both splits, whatever the seeds, and some combinations of asked values are in
-validation alone (`novel` rows). Each family module holds pure functions: sample a scene, ask about it, draw it.
+`picture_row(split, index)` is a pure function of its arguments: question, picture, answer, the scene drawn and three
+reasoning traces: terse, wordy, and that of a hasty teacher who answers without a look. No scene is in both splits,
+whatever the seeds, and some combinations of asked values are in validation alone (`novel` rows). Each family module
+holds pure functions: sample a scene, ask about it, draw it.
 """
 
+import random
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
@@ -26,7 +28,7 @@ FAMILIES: dict[str, Family] = {
 }
 SPLITS, LEVELS, STEPS = ("train", "validation"), (1, 2, 3), ("direct", "two_step")
 Turn = tuple[str, int, str, tuple[str, ...]]  # family, level, step, forms
-NOVEL_EVERY = 10  # validation rows 9, 19, 29, ... ask about kept combinations where they are two-step questions
+NOVEL_EVERY = 20  # validation rows 19, 39, 59, ... ask about kept combinations where they are two-step questions
 TRIES = 5000  # a draw is accepted with a chance of about 1 in 10 at worst, so this is never reached
 
 
@@ -71,6 +73,7 @@ def question_row(
     family, level, step, asked = turn(split, index, seed, turns)
     novel = split == "validation" and step == "two_step" and index % NOVEL_EVERY == NOVEL_EVERY - 1
     form, scene, question = pose(split, index, seed, family, level, asked, novel)
+    guess = guessed_answer(rng_for("guess", seed, split, index), family, level, form)
     return {
         "id": f"{family}-{split}-{seed}-{index}",
         "question": question.text,
@@ -81,6 +84,8 @@ def question_row(
         "needs_thinking": step == "two_step",
         "reasoning": question.reasoning,
         "reasoning_wordy": question.wordy,
+        "reasoning_hasty": f"I need no closer look: it is {guess}.",
+        "answer_hasty": guess,
         "family": family,
         "form": form,
         "facts": dict(question.facts),
@@ -127,6 +132,12 @@ def pose(
         if is_novel(question.values, chosen.novel) == novel:
             return form, scene, question
     raise RuntimeError(f"no {family} scene for form {form}, level {level}, {split}, novel={novel} in {TRIES} draws")
+
+
+def guessed_answer(rng: random.Random, family: str, level: int, form: str) -> str:
+    """An answer as good as any without a look at the picture: that of another scene."""
+    scene, targets = FAMILIES[family].sample(rng, level, form, False)
+    return FAMILIES[family].ask(scene, form, targets).answer
 
 
 def draw_scene(scene: Scene, size: int = 112) -> Image.Image:
