@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, default=RESULTS / "quickstart_controls.json")
     arguments = parser.parse_args()
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for seed in arguments.seeds:
         rows.append(run_seed(seed))

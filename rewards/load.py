@@ -34,6 +34,22 @@ def load_reward(function: str, name: str, weight: float, arguments: Mapping[str,
     return Reward(name, found, weight, arguments)
 
 
+def find_reward(function: str) -> None:
+    """Whether the built-in or the file exists, without running the file; raises RewardError."""
+    if ":" in function:
+        reward_file(function)
+    else:
+        load_built_in(function)
+
+
+def reward_file(function: str) -> Path:
+    """The file of `path/file.py:name`."""
+    file = Path(function.rpartition(":")[0])
+    if not file.is_file():
+        raise RewardError(f"reward {function!r}: there is no file {file.resolve()}")
+    return file
+
+
 def load_built_in(name: str) -> Callable[..., Any]:
     """One of the rewards of this package."""
     if name not in BUILT_IN:
@@ -48,10 +64,8 @@ def load_built_in(name: str) -> Callable[..., Any]:
 
 def load_from_file(function: str) -> Callable[..., Any]:
     """`path/file.py:name`, the path relative to where the run is started."""
-    file, _, name = function.rpartition(":")
-    if not Path(file).is_file():
-        raise RewardError(f"reward {function!r}: there is no file {Path(file).resolve()}")
-    spec = importlib.util.spec_from_file_location(f"reward_file_{Path(file).stem}", file)
+    file, name = reward_file(function), function.rpartition(":")[2]
+    spec = importlib.util.spec_from_file_location(f"reward_file_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise RewardError(f"reward {function!r}: {file} is not a Python file")
     module = importlib.util.module_from_spec(spec)

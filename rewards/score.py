@@ -41,33 +41,32 @@ def score(rewards: Sequence[Reward], columns: Mapping[str, Sequence[Any]], group
 
 
 def call_safely(reward: Reward, columns: Mapping[str, Any], group_size: int):
-    """Values, failures and messages of one reward. When the whole batch fails, groups are tried one by one."""
+    """Values, failures and messages of one reward. What fails is tried again in parts: groups, then completions."""
     count = len(columns["completions"])
     try:
         return call(reward, columns), [False] * count, []
     except Exception as error:  # whatever the user's code raises must not end the run
         first = f"reward {reward.name!r}: {describe(error)}"
+    if count == 1:
+        return [None], [True], [first]
     values: list[float | None] = []
     failed: list[bool] = []
-    for start in range(0, count, group_size):
-        group = {key: cut(value, start, group_size, count) for key, value in columns.items()}
-        try:
-            values += call(reward, group)
-            failed += [False] * group_size
-        except Exception:  # counted through `failed`
-            values += [None] * group_size
-            failed += [True] * group_size
+    size = group_size if count > group_size else 1
+    for start in range(0, count, size):
+        part = {key: cut(value, start, size, count) for key, value in columns.items()}
+        part_values, part_failed, _ = call_safely(reward, part, group_size)
+        values, failed = values + part_values, failed + part_failed
     return values, failed, [first]
 
 
 def cut(value: Any, start: int, size: int, count: int) -> Any:
-    """One group's part of a column; what is not a column (trainer_state) stays whole."""
+    """A part of a column; what is not a column (trainer_state) stays whole."""
     return value[start : start + size] if isinstance(value, list) and len(value) == count else value
 
 
 def call(reward: Reward, columns: Mapping[str, Any]) -> list[float | None]:
     """Call the function and check what it returns; raises RewardError on a wrong length or type."""
-    returned = reward.function(**columns, **reward.arguments)
+    returned = reward.function(**{**columns, **reward.arguments})  # the recipe's keys go before columns of that name
     if inspect.iscoroutine(returned):
         returned = asyncio.run(returned)
     count = len(columns["completions"])

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rollouts import Prompt, Rollout, Sampling
 
@@ -52,6 +52,9 @@ class HFEngine:
         self.weight_version = 0
         eos = model.generation_config.eos_token_id
         self.end_token_ids = {eos} if isinstance(eos, int) else set(eos or [tokenizer.eos_token_id])
+        # The checkpoint's own defaults, such as a repetition penalty, would change what the trainer cannot see.
+        ends = {"eos_token_id": sorted(self.end_token_ids), "pad_token_id": tokenizer.pad_token_id}
+        self.generation_config = GenerationConfig(**ends, do_sample=False)
 
     def load_weights(self, parameters: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """The model is the trainer's own, so its weights are new already."""
@@ -60,12 +63,14 @@ class HFEngine:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> list[Rollout]:
         """`group_size` completions of every prompt, groups together, in the order of the prompts."""
-        was_training = self.model.training
+        was_training, own_config = self.model.training, self.model.generation_config
         self.model.eval()
+        self.model.generation_config = self.generation_config
         rollouts = []
         prompts_at_once = max(1, self.batch_size // group_size)
         for start in range(0, len(prompts), prompts_at_once):
             rollouts += self._generate_batch(prompts[start : start + prompts_at_once], group_size, sampling)
+        self.model.generation_config = own_config
         self.model.train(was_training)
         return rollouts
 
@@ -81,9 +86,6 @@ class HFEngine:
             past_key_values=cache,
             max_new_tokens=sampling.max_completion_length,
             logits_processor=LogitsProcessorList([sampler]),
-            do_sample=False,
-            eos_token_id=sorted(self.end_token_ids),
-            pad_token_id=self.tokenizer.pad_token_id,
         )
         tokens = output_RT[:, input_ids_BT.shape[1] :].tolist()
         log_probs = torch.stack(sampler.log_probs_TR, dim=1).tolist()

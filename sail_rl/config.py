@@ -22,7 +22,8 @@ class ModelSection(Section):
     random_init: Literal["tiny"] | None = None
     """Instead of a path: fresh weights of this size, with a tokenizer for the built-in picture task."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights; matrix products follow `trainer.mixed_precision`."""
+    """Of the weights; matrix products follow `trainer.mixed_precision`. Weights in bfloat16 cannot take the small steps
+    of a learning rate below about 1e-4."""
     freeze: list[Literal["tower", "adapter", "llm"]] = []
     """Parts that are not trained."""
     max_tiles: Annotated[int, Field(ge=1)] | None = None
@@ -43,13 +44,7 @@ class PictureSource(Section):
     """The built-in picture task: drawn on demand, endless, nothing to download."""
 
     source: Literal["pictures"] = "pictures"
-    families: Annotated[list[Literal["cards", "shapes", "bars", "path", "geometry"]], Field(min_length=1)] = [
-        "cards",
-        "shapes",
-        "bars",
-        "path",
-        "geometry",
-    ]
+    families: Annotated[list[Family], Field(min_length=1)] = list(FAMILIES)
     levels: Annotated[list[Literal[1, 2, 3]], Field(min_length=1)] = [1, 2, 3]
     steps: Annotated[list[Literal["direct", "two_step"]], Field(min_length=1)] = ["direct", "two_step"]
     forms: list[str] | None = None
@@ -59,6 +54,14 @@ class PictureSource(Section):
     rows: Annotated[int, Field(ge=1)] | None = None
     """How many different rows; endless for training and 400 for evaluation when left out."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def known_forms(self):
+        if self.forms is not None:
+            from sail_rl.data.pictures import possible_turns
+
+            possible_turns(tuple(self.families), tuple(self.levels), tuple(self.steps), tuple(self.forms))
+        return self
 
 
 class FileSource(Section):
@@ -111,7 +114,7 @@ class DataSection(Section):
     """Our column name -> the dataset's: `{question: problem, answer: gold}`."""
     thinking: Literal["think", "direct"] = "think"
     """Answer form that is asked for: reasoning and a boxed answer, or a boxed answer alone."""
-    reasoning: Annotated[dict[Literal["terse", "wordy", "hasty"], Share], Field(min_length=1)] = {"terse": 1.0}
+    reasoning: Annotated[dict[str, Share], Field(min_length=1)] = {"terse": 1.0}
     """Which reasoning traces SFT imitates: one kind, or several with their shares. `terse` is the column `reasoning`,
     any other kind is `reasoning_<kind>`, with an answer of its own where the row has `answer_<kind>`."""
     max_prompt_length: Annotated[int, Field(ge=1)] = 4096

@@ -1,11 +1,14 @@
 """Accuracy on unseen questions: greedy completions, judged by the accuracy and format rewards."""
 
 import json
-from collections import defaultdict
+import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 from rewards import accuracy_reward, format_reward
+from rewards.load import Reward
+from rewards.score import score
 from rollouts import RolloutEngine, Sampling
 from sail_rl.data.stream import RowStream
 from sail_rl.launch import Run
@@ -36,8 +39,10 @@ def evaluate(run: Run, engine: RolloutEngine, stream: RowStream[Question]) -> li
 def judge(questions: list[Question], rollouts, thinking: str, run: Path) -> list[Prediction]:
     """One prediction per question."""
     columns = reward_columns(questions, rollouts, run)
-    correct = accuracy_reward(**columns)
-    well_formed = format_reward(**columns, contract=thinking)
+    judges = [Reward("accuracy", accuracy_reward), Reward("format", format_reward, arguments={"contract": thinking})]
+    scores = score(judges, columns, group_size=1)
+    for error in scores.errors:
+        print(f"warning: in the evaluation: {error}; its answers count as wrong", file=sys.stderr, flush=True)
     return [
         {
             "position": question.prompt.seed,
@@ -45,8 +50,8 @@ def judge(questions: list[Question], rollouts, thinking: str, run: Path) -> list
             "question": question.example.question,
             "answer": question.example.columns["answer"],
             "completion": rollout.text,
-            "correct": bool(correct[i]),
-            "well_formed": bool(well_formed[i]),
+            "correct": bool(scores.parts["accuracy"][i]),
+            "well_formed": bool(scores.parts["format"][i]),
             "finish_reason": rollout.finish_reason,
             "length": len(rollout.token_ids),
             **{name: columns[name][i] for name in KEPT_COLUMNS if name in columns},
@@ -94,6 +99,12 @@ def share(predictions: list[Prediction], key: str = "correct") -> float | None:
     return sum(bool(p[key]) for p in predictions) / len(predictions) if predictions else None
 
 
+def majority_rate(predictions: list[Prediction]) -> float | None:
+    """The accuracy of always giving the commonest answer."""
+    commonest = Counter(p["answer"] for p in predictions).most_common(1)
+    return commonest[0][1] / len(predictions) if commonest else None
+
+
 def summarise(before: list[Prediction], after: list[Prediction]) -> dict[str, Any]:
     """Accuracies for summary.json, per family where the data has families."""
     families: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -108,5 +119,6 @@ def summarise(before: list[Prediction], after: list[Prediction]) -> dict[str, An
         "well_formed_after": share(after, "well_formed"),
         "accuracy_novel_after": share([p for p in after if p.get("novel")]),
         "eval_questions": len(after),
+        "majority_rate": majority_rate(after),
         "families": dict(families),
     }

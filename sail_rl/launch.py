@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from sail_rl.command_line import BadInput, fail, recipe_text
 from sail_rl.config import CommonRecipe
 from sail_rl.data.stream import Shard
-from sail_rl.run_folder import check_run, environment, finished, write_json
+from sail_rl.run_folder import check_run, environment, finished, has_begun, write_json
 
 RecipeType = TypeVar("RecipeType", bound=CommonRecipe)
 
@@ -81,12 +81,15 @@ def share_threads(accelerator) -> None:
 
     if accelerator.device.type == "cpu":
         processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes_here))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
 
 
 def make_folder(run: Run) -> None:
-    """The run's folder with the resolved recipe."""
+    """The run's folder with the resolved recipe, cleared of what a run that never began has left."""
     if run.is_main:
+        if not has_begun(run.folder):
+            for name in ("predictions_before.jsonl", "quarantine.jsonl"):
+                (run.folder / name).unlink(missing_ok=True)
         for part in ("transcripts", "pictures", "checkpoints"):
             (run.folder / part).mkdir(parents=True, exist_ok=True)
         (run.folder / "config.yaml").write_text(recipe_text(run.recipe))

@@ -72,7 +72,7 @@ def reward_columns(questions: Sequence[Question], rollouts: Sequence[Rollout], r
     """What reward functions receive, one entry per completion: TRL's arguments and every data column."""
     group_size = len(rollouts) // len(questions)
     examples = [question.example for question in questions for _ in range(group_size)]
-    columns: dict[str, list[Any]] = {
+    columns: dict[str, list[Any]] = {"question": [example.question for example in examples]} | {
         name: [example.columns.get(name) for example in examples]
         for name in dict.fromkeys(name for example in examples for name in example.columns)
     }

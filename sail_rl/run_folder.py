@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from rewards.load import RewardError, find_reward
 from sail_rl.command_line import BadInput
-from sail_rl.config import CommonRecipe
+from sail_rl.config import CommonRecipe, FileSource, GrpoRecipe
 
 # Keys that may differ when a run goes on: they change how long and how loudly it runs, not what it computes.
 FREE_KEYS = (
@@ -22,6 +23,7 @@ FREE_KEYS = (
     "trainer.transcript_every",
     "trainer.resume",
     "trainer.log_with",
+    "data.max_bad_rows",
 )
 
 
@@ -29,10 +31,11 @@ def check_run(recipe: CommonRecipe) -> None:
     """Everything about folders that can be wrong, before torch is imported."""
     check_model_path(recipe.model.path)
     check_trackers(recipe.trainer.log_with)
+    check_files(recipe)
     folder = Path(recipe.output_dir)
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"output_dir = {folder}: it is a file")
-    if not (folder / "config.yaml").is_file():
+    if not has_begun(folder):
         return
     if recipe.trainer.resume == "never":
         raise BadInput(f"output_dir = {folder} already has a run, and trainer.resume = never; name another folder")
@@ -42,6 +45,13 @@ def check_run(recipe: CommonRecipe) -> None:
             f"output_dir = {folder} has a run with another recipe; go on with the same, or name another folder:\n"
             + "\n".join(f"  {key}: it was {old!r}, now {new!r}" for key, old, new in differences)
         )
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run in this folder has done a step; one that failed before may be started anew with another recipe."""
+    metrics = folder / "metrics.jsonl"
+    recorded = metrics.is_file() and metrics.stat().st_size > 0
+    return (folder / "config.yaml").is_file() and (recorded or any((folder / "checkpoints").glob("step_*")))
 
 
 def check_model_path(path: str | None) -> None:
@@ -63,6 +73,23 @@ def check_trackers(names: list) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise BadInput(f"trainer.log_with = [{name}]: the package is not installed; pip install {name}")
+
+
+def check_files(recipe: CommonRecipe) -> None:
+    """Data files and reward functions that the recipe names must exist; all that are missing are named at once."""
+    sources = {"data.train": recipe.data.train, "data.eval": recipe.data.eval}
+    missing = [
+        f"{key}.path = {source.path}: there is no such file"
+        for key, source in sources.items()
+        if isinstance(source, FileSource) and not Path(source.path).is_file()
+    ]
+    for number, entry in enumerate(recipe.rewards if isinstance(recipe, GrpoRecipe) else []):
+        try:
+            find_reward(entry.function)
+        except RewardError as error:
+            missing.append(f"rewards.{number}: {error}")
+    if missing:
+        raise BadInput("\n  ".join(missing))
 
 
 def recipe_that_writes(path: Path) -> str | None:
@@ -99,7 +126,7 @@ def environment(accelerator) -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: installed(package) for package in ("torch", "transformers", "accelerate", "sail-rl")},
         "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
         "processes": accelerator.num_processes,
         "distributed_type": str(accelerator.distributed_type.value),
@@ -125,5 +152,6 @@ def write_json(path: Path, value: Any) -> None:
 def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Replace a file of one JSON object a line."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+    # Escaped: some characters that a model may write end a line for `splitlines`, others cannot be encoded.
+    temporary.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
     os.replace(temporary, path)

@@ -129,12 +129,14 @@ def reward_figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def group_figures(advantages: Advantages, outcomes: Sequence[Outcome], seconds: dict[str, float]) -> dict[str, Any]:
+def group_figures(
+    advantages: Advantages, outcomes: Sequence[Outcome], seconds: dict[str, float], keep_all: bool
+) -> dict[str, Any]:
     """Groups without signal, phase times and speed, for the log."""
     tokens = sum(outcome.length for outcome in outcomes)
     return {
         "groups/total": len(advantages.has_signal_P),
-        "groups/dropped": int((~advantages.has_signal_P).sum()),
+        "groups/dropped": 0 if keep_all else int((~advantages.has_signal_P).sum()),
         "tokens/generated": tokens,
         "tokens_per_second": tokens / sum(seconds.values()),
         **seconds,

@@ -29,6 +29,7 @@ def train(recipe: GrpoRecipe) -> None:
 
     rollout, grpo, trainer = recipe.rollout, recipe.grpo, recipe.trainer
     group_size = rollout.num_generations
+    keep_all = grpo.beta > 0  # a KL term gives every group a gradient
 
     # The run, its rewards, model and data.
     rewards = scoring.load_rewards(recipe.rewards)
@@ -71,7 +72,7 @@ def train(recipe: GrpoRecipe) -> None:
                 with watch.phase("update"):
                     rewards_N = scoring.reward_tensor(outcomes)
                     advantages = group_advantages(rewards_N, group_size, grpo.scale_rewards)
-                    groups = make_groups(questions, rollouts, advantages, run.shard, keep_all=grpo.beta > 0)
+                    groups = make_groups(questions, rollouts, advantages, run.shard, keep_all)
                     batches = make_batches(groups, recipe.update.token_budget, idle, run.highest)
                     scored_lengths = [outcome.length for outcome in outcomes if outcome.reward is not None]
                     normaliser = loss_normaliser(grpo.loss_type, scored_lengths, rollout.max_completion_length)
@@ -87,7 +88,8 @@ def train(recipe: GrpoRecipe) -> None:
                     completions_scored=progress.completions_scored + len(outcomes),
                     reward_failures=failures,
                 )
-                figures |= scoring.reward_figures(outcomes) | scoring.group_figures(advantages, outcomes, seconds)
+                figures |= scoring.reward_figures(outcomes)
+                figures |= scoring.group_figures(advantages, outcomes, seconds, keep_all)
                 figures |= accuracy_now(run, step, engine, eval_stream)
                 log.write(step, figures | {"learning_rate": learning_rate})
                 if step in (1, trainer.max_steps) or step % trainer.transcript_every == 0:

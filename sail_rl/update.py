@@ -155,4 +155,4 @@ def update_figures(sums: dict[str, float], iterations: int, grad_norm: float, wi
         "grad_norm": grad_norm,
         "tokens/trained": sums["tokens"] / iterations,
     }
-    return figures | ({"kl": sums["kl"] / tokens} if with_kl else {})
+    return figures | {"kl": sums["kl"] / tokens if with_kl else None}

@@ -37,7 +37,7 @@ def assert_two_processes(run) -> None:
     environment = json.loads((run / "environment.json").read_text())
     assert environment["processes"] == 2
     assert environment["wrapper"] == "DistributedDataParallel"
-    assert environment["threads_per_process"] == max(1, (os.cpu_count() or 1) // 2)
+    assert environment["threads_per_process"] == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 def test_grpo_on_text_and_pictures_equals_one_process(start, mixed_rows, tmp_path):

@@ -121,18 +121,18 @@ def test_weighted_sums_and_what_none_means(first, second, totals):
     assert scores.errors == []
 
 
-def test_a_failure_masks_its_group_alone_and_is_counted():
+def test_a_failure_masks_its_completion_alone_and_is_counted():
     def picky(completions, answer, trainer_state, **columns):
-        assert trainer_state == "whole"  # no column, so it is not cut into groups
+        assert trainer_state == "whole"  # no column, so it is not cut into parts
         return [1.0 / int(text != right) for text, right in zip(completions, answer, strict=True)]
 
     columns = {"completions": list("abcdef"), "answer": list("xxcxxx"), "trainer_state": "whole"}
     scores = score(
         [Reward("picky", picky), Reward("one", lambda completions, **c: [1.0] * len(completions))], columns, 2
     )
-    assert scores.totals == [2.0, 2.0, None, None, 2.0, 2.0]
-    assert scores.parts == {"picky": [1.0, 1.0, None, None, 1.0, 1.0], "one": [1.0] * 6}
-    assert scores.failed == {"picky": [False, False, True, True, False, False], "one": [False] * 6}
+    assert scores.totals == [2.0, 2.0, None, 2.0, 2.0, 2.0]
+    assert scores.parts == {"picky": [1.0, 1.0, None, 1.0, 1.0, 1.0], "one": [1.0] * 6}
+    assert scores.failed == {"picky": [False, False, True, False, False, False], "one": [False] * 6}
     (error,) = scores.errors
     assert re.fullmatch(
         r"reward 'picky': ZeroDivisionError: float division by zero \(test_rewards\.py, line \d+\)", error

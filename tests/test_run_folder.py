@@ -36,6 +36,7 @@ def recipe(output_dir, changes=""):
 def run_folder(tmp_path):
     """A folder in which a run has begun."""
     (tmp_path / "config.yaml").write_text(recipe_text(recipe(tmp_path)))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     return tmp_path
 
 
@@ -45,6 +46,7 @@ def run_folder(tmp_path):
         "",
         "trainer: {max_steps: 20}",
         "trainer: {save_every: 1, save_total_limit: 9, transcript_every: 3, log_with: [tensorboard]}",
+        "data: {max_bad_rows: 3}",
     ],
 )
 def test_a_run_goes_on_with_the_same_recipe_or_free_keys_changed(run_folder, changes):
@@ -70,6 +72,14 @@ def test_a_changed_recipe_is_refused_with_the_difference(run_folder):
         "seed: it was 0, now 1",
         "trainer.mixed_precision: it was 'no', now 'bf16'",
     ]
+
+
+def test_a_run_that_failed_before_its_first_step_may_be_changed(run_folder):
+    (run_folder / "metrics.jsonl").unlink()
+    check_run(recipe(run_folder, "seed: 1"))
+    (run_folder / "checkpoints/step_1").mkdir(parents=True)
+    with pytest.raises(BadInput, match="seed: it was 0, now 1"):
+        check_run(recipe(run_folder, "seed: 1"))
 
 
 def test_never_refuses_a_folder_with_a_run_and_takes_one_without(run_folder, tmp_path_factory):

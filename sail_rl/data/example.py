@@ -1,6 +1,8 @@
 """One row of data, checked and with its pictures decoded: `Example`."""
 
 import io
+import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 178_956_970  # Pillow's own bound; larger pictures are refused before they are decoded
+# What Pillow raises for files that are no pictures, torn ones, and bombs.
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 IMAGE_MARKER = "<image>"
 RESERVED_TEXT = ("<IMG_CONTEXT>", "<img>", "</img>", "<|im_start|>", "<|im_end|>")
 
@@ -44,7 +48,7 @@ def make_example(row: Mapping[str, Any], default_id: str, columns: Mapping[str, 
     check_row(row)
     raw_images = image_column(row)
     images = tuple(decode_image(image, folder) for image in raw_images)
-    row_columns = {name: value for name, value in row.items() if name not in ("prompt", "question", "images", "image")}
+    row_columns = {name: value for name, value in row.items() if name not in ("prompt", "images", "image")}
     row_columns["answer"] = answer_text(row)
     row_columns["images"] = [str(folder / image) if isinstance(image, str) else None for image in raw_images]
     messages = conversation(row, len(images))
@@ -140,7 +144,7 @@ def decode_image(image: Any, folder: Path) -> Image.Image:
         if picture.width * picture.height > MAX_PIXELS:
             raise BadRow(f"image {name} has {picture.width}x{picture.height} pixels; the limit is {MAX_PIXELS}")
         return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except IMAGE_ERRORS as error:
         raise BadRow(f"image {name} cannot be read: {error or type(error).__name__}") from None
 
 

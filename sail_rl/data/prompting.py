@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rollouts import Prompt
+from sail_rl.command_line import BadInput
 from sail_rl.data.example import BadRow, Example
 
 THINK_SUFFIX = (
@@ -38,6 +39,11 @@ def make_prompt(example: Example, processor, thinking: str, max_prompt_length: i
     if len(token_ids) > max_prompt_length:
         raise BadRow(f"the prompt has {len(token_ids)} tokens; data.max_prompt_length = {max_prompt_length}")
     model_inputs = {key: value for key, value in encoded.items() if key not in ("input_ids", "attention_mask")}
+    if model_inputs.keys() - {"pixel_values"}:
+        given = ", ".join(model_inputs)
+        raise BadInput(
+            f"model: its processor gives {given}; SAIL-VL2 and InternVL, which give pixel_values, can be used"
+        )
     return Prompt(example.id, token_ids, example.images, model_inputs, seed)
 
 

@@ -19,6 +19,8 @@ class Rows(Protocol):
 
     name: str
     folder: Path
+    checked_at_start: int
+    """Most rows that are looked at before the first step; the others are checked when they are read."""
 
     def __len__(self) -> int: ...
 
@@ -31,6 +33,7 @@ class PictureRows:
     """The built-in picture task."""
 
     folder = Path()
+    checked_at_start = 0
 
     def __init__(self, source: PictureSource, split: str):
         self.source = source
@@ -55,6 +58,8 @@ class PictureRows:
 
 class JsonLinesRows:
     """A .jsonl file, read line by line through an index of line starts (8 bytes a row in memory)."""
+
+    checked_at_start = 20_000
 
     def __init__(self, path: Path):
         self.name = str(path)
@@ -83,6 +88,8 @@ class JsonLinesRows:
 
 class ArrowRows:
     """A parquet file or a Hub dataset, memory-mapped by `datasets`; pictures stay undecoded bytes until used."""
+
+    checked_at_start = 500  # their pictures come along, and may be large
 
     def __init__(self, name: str, folder: Path, dataset):
         from datasets import Image, Sequence

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from PIL.Image import DecompressionBombError
 
 from sail_rl.command_line import BadInput
-from sail_rl.data.example import BadRow, check_row, image_column, make_example, open_image, rename_columns
-from sail_rl.data.sources import ENDLESS, PictureRows, Rows
+from sail_rl.data.example import IMAGE_ERRORS, BadRow, check_row, image_column, make_example, open_image, rename_columns
+from sail_rl.data.sources import ENDLESS, Rows
 
 Item = TypeVar("Item")
-ROWS_CHECKED_AT_START = 20_000
 MISTAKES_SHOWN = 20
 
 
@@ -52,21 +50,19 @@ class RowStream(Generic[Item]):
         self.seed, self.shuffle, self.max_bad_rows = seed, shuffle, max_bad_rows
         self.quarantine_file, self.shard = quarantine_file, shard
         self.position = 0
-        self.bad_rows: dict[int, str] = {}
+        self.bad_rows: dict[int, str] = self._known_bad_rows()
         self._order: tuple[int, np.ndarray] | None = None
 
     def check_rows(self) -> None:
         """Find at once all rows that lack something, without decoding pictures; larger sources are checked as read."""
-        if isinstance(self.rows, PictureRows):
-            return
         bad = []
-        for index in range(min(len(self.rows), ROWS_CHECKED_AT_START)):
+        for index in range(min(len(self.rows), self.rows.checked_at_start)):
             try:
                 row = rename_columns(self.rows.row(index), self.columns)
                 check_row(row)
                 for image in image_column(row):
                     open_image(image, self.rows.folder)
-            except (BadRow, OSError, ValueError, SyntaxError, DecompressionBombError) as error:
+            except (BadRow, *IMAGE_ERRORS) as error:
                 bad.append((index, reason_of(error)))
         self._quarantine(bad)
 
@@ -126,6 +122,16 @@ class RowStream(Generic[Item]):
                 f"{self.rows.name}: {len(shown)} rows cannot be used, and data.max_bad_rows = {self.max_bad_rows}; "
                 "mend or remove them, or raise the limit:\n" + "\n".join(shown[:MISTAKES_SHOWN] + more)
             )
+
+    def _known_bad_rows(self) -> dict[int, str]:
+        """What an earlier part of this run has set aside: a resumed run leaves out the same rows."""
+        file, found = self.quarantine_file, []
+        if file and file.is_file() and self.shard.rank == 0:
+            records = [json.loads(line) for line in file.read_text().splitlines()]
+            found = [(r["row"] - 1, r["reason"]) for r in records if r["source"] == self.rows.name]
+        known = dict(self.shard.gather(found))
+        # More than may be bad stopped the run; whoever starts it again may have mended them.
+        return known if len(known) <= self.max_bad_rows else {}
 
     def _record(self, file: Path, bad: list[tuple[int, str]]) -> None:
         """Add rows to the quarantine file, except those that an earlier part of the same run has put there."""

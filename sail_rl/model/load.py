@@ -1,6 +1,7 @@
 """A model and its processor, as `model:` in the recipe asks for them."""
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import sail_rl.model  # noqa: F401  (registers SAIL-VL2 with the Auto classes)
@@ -37,7 +38,7 @@ def load_checkpoint(path: str, dtype: str):
     try:
         processor = AutoProcessor.from_pretrained(path, padding_side="left")
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         gist = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInput(f"model.path = {path}: the checkpoint cannot be loaded: {gist}") from error
     return model, processor
