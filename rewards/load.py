@@ -93,6 +93,8 @@ def check_arguments(name: str, function: Callable[..., Any], arguments: Mapping[
 
 def describe(error: BaseException) -> str:
     """One line: what was raised, and where in the user's code."""
+    if isinstance(error, RewardError):
+        return str(error)
     frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}"

@@ -7,13 +7,19 @@ None for some members, or fails, masks those completions: they train nothing, ra
 import asyncio
 import inspect
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rewards.load import Reward, RewardError, describe
 
+RETRY_SECONDS = 60.0  # after a failure, for trying again in parts; then what is left counts as failed
 MOST_FAILED = 0.05  # share of completions that a reward may fail on before the run stops
+
+
+class WrongShape(RewardError):
+    """Not a list with one entry per completion. Smaller calls might seem to work, so these are not tried."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +46,24 @@ def score(rewards: Sequence[Reward], columns: Mapping[str, Sequence[Any]], group
     return Scores(mix(rewards, parts, failed, group_size), parts, failed, errors)
 
 
-def call_safely(reward: Reward, columns: Mapping[str, Any], group_size: int):
+def call_safely(reward: Reward, columns: Mapping[str, Any], group_size: int, deadline: float | None = None):
     """Values, failures and messages of one reward. What fails is tried again in parts: groups, then completions."""
     count = len(columns["completions"])
+    if deadline and time.monotonic() > deadline:
+        return [None] * count, [True] * count, []
     try:
         return call(reward, columns), [False] * count, []
     except Exception as error:  # whatever the user's code raises must not end the run
         first = f"reward {reward.name!r}: {describe(error)}"
-    if count == 1:
-        return [None], [True], [first]
+        if count == 1 or isinstance(error, WrongShape):
+            return [None] * count, [True] * count, [first]
+    deadline = deadline or time.monotonic() + RETRY_SECONDS
     values: list[float | None] = []
     failed: list[bool] = []
     size = group_size if count > group_size else 1
     for start in range(0, count, size):
         part = {key: cut(value, start, size, count) for key, value in columns.items()}
-        part_values, part_failed, _ = call_safely(reward, part, group_size)
+        part_values, part_failed, _ = call_safely(reward, part, group_size, deadline)
         values, failed = values + part_values, failed + part_failed
     return values, failed, [first]
 
@@ -71,9 +80,9 @@ def call(reward: Reward, columns: Mapping[str, Any]) -> list[float | None]:
         returned = asyncio.run(returned)
     count = len(columns["completions"])
     if not isinstance(returned, list | tuple):
-        raise RewardError(f"must return a list of {count} numbers, not {type(returned).__name__}")
+        raise WrongShape(f"must return a list of {count} numbers, not {type(returned).__name__}")
     if len(returned) != count:
-        raise RewardError(f"returned {len(returned)} values for {count} completions")
+        raise WrongShape(f"returned {len(returned)} values for {count} completions")
     return [check_value(value, number) for number, value in enumerate(returned)]
 
 

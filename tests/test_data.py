@@ -119,7 +119,7 @@ def test_a_row_that_cannot_be_used_says_why(tmp_path, row, reason):
 def test_columns_are_mapped_and_the_others_reach_the_rewards(tmp_path):
     row = {"problem": "Why?", "gold": 0, "level": 3, "uid": 7}
     example = make_example(row, "row 1", {"question": "problem", "answer": "gold", "id": "uid"}, tmp_path)
-    columns = {"level": 3, "id": 7, "answer": "0", "images": []}
+    columns = {"question": "Why?", "level": 3, "id": 7, "answer": "0", "images": []}
     assert (example.id, example.question, example.columns) == ("7", "Why?", columns)
     with pytest.raises(BadRow, match=r"no column 'wrong' \(named in data.columns\); the row has: problem, gold"):
         make_example(row, "row 1", {"question": "wrong"}, tmp_path)
@@ -232,6 +232,7 @@ def test_two_processes_see_together_what_one_sees(tmp_path, bad):
     path = write_rows(tmp_path, (), bad)
     alone = open_stream(path, max_bad_rows=len(bad))
     expected = [alone.next_items(4) for _ in range(8)]
+    (tmp_path / "quarantine.jsonl").unlink(missing_ok=True)
     barrier, slots = threading.Barrier(2, timeout=10), [None, None]
 
     def process(rank):

@@ -64,7 +64,7 @@ def world():
     """Model, reference, prompts and completions that both sides share."""
     processor = tiny_processor([text for text, *_ in QUESTIONS] * 3, max_tiles=4)
     policy = tiny_model(processor, seed=0)
-    policy.lm_head.weight.data *= 8  # far from uniform, as a trained model is
+    policy.lm_head.weight.data *= 3  # far from uniform, as a trained model is
     rng, rows, prompts = np.random.default_rng(0), [], []
     for text, sizes, _ in QUESTIONS:
         images = [Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)) for size in sizes]
@@ -209,7 +209,7 @@ def test_loss_and_gradient_equal_trl(world, tmp_path, monkeypatch, loss_type, of
     else:
         assert figures["clip_fraction"] == low + high == 0
         assert figures["entropy"] == pytest.approx(metrics["entropy"], rel=1e-5)
-        assert figures.get("kl", 0) == pytest.approx(metrics.get("kl", 0), rel=1e-5)
+        assert (figures["kl"] or 0) == pytest.approx(metrics.get("kl", 0), rel=1e-5)
         assert beta == 0 or figures["kl"] > 0.01
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 
 import numpy as np
 import pytest
@@ -170,15 +171,26 @@ def test_what_is_not_a_list_of_numbers_fails(returned, expected):
     scores = score_of(reward)
     assert expected in scores.errors[0]
     assert scores.totals == [None] * 4
-    with pytest.raises(
-        RewardError, match=re.escape(f"reward 'mine' fails on a sample of the data: RewardError: {expected}")
-    ):
+    with pytest.raises(RewardError, match=re.escape(f"reward 'mine' fails on a sample of the data: {expected}")):
         try_rewards([Reward("mine", reward)], {"completions": ["x"] * 4})
 
 
-def test_nan_masks_the_group_that_has_it():
+def test_nan_masks_the_completion_that_has_it():
     scores = score_of(lambda completions, value, **columns: value, value=[1.0, NAN, 0.0, 1.0])
-    assert scores.totals == [None, None, 0.0, 1.0]
+    assert scores.totals == [1.0, None, 0.0, 1.0]
+
+
+def test_a_reward_that_hangs_before_it_fails_is_not_tried_for_every_completion(monkeypatch):
+    monkeypatch.setattr("rewards.score.RETRY_SECONDS", 0.05)
+    calls = []
+
+    def slow(completions, **columns):
+        calls.append(len(completions))
+        time.sleep(0.02)
+        raise TimeoutError("no answer")
+
+    assert score_of(slow, ["x"] * 400).totals == [None] * 400
+    assert len(calls) < 20
 
 
 def test_async_rewards():
