@@ -13,6 +13,7 @@ from sail_rl.data.stream import Shard
 from sail_rl.run_folder import check_run, environment, finished, has_begun, write_json
 
 RecipeType = TypeVar("RecipeType", bound=CommonRecipe)
+INTERRUPTED = 130  # as shells say it
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ def run_recipe(train: Callable[[Any], None], recipe: CommonRecipe) -> None:
     except BadInput as mistake:
         sys.stdout.flush()
         fail(mistake)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command goes on from the newest checkpoint in {recipe.output_dir}", flush=True)
+        sys.exit(INTERRUPTED)
 
 
 def start_run(recipe: RecipeType) -> Run[RecipeType]:

@@ -75,6 +75,8 @@ def test_all_mistakes_are_named_at_once(load):
         ("pictures: {}", "pictures = {}: unknown key; allowed: data,"),
         ("data: {train: pictures, file: 3}", "data.file = 3: unknown key;"),
         ("data: {train: pictures, columns: {file: 3}}", "data.columns.file = 3: input should be a valid string"),
+        ("data: {train: {source: pictures, families: [bars], forms: [summ]}}", "forms: got ('summ',); these families"),
+        ("data: {train: pictures, reasoning: {terse: 0}}", "data.reasoning.terse = 0: input should be greater than 0"),
         ("data: {train: 5}", "data.train = 5: input should be a valid dictionary"),
         (
             "data: {train: {source: web, path: a}}",
