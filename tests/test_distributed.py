@@ -57,7 +57,12 @@ def test_grpo_on_text_and_pictures_equals_one_process(start, mixed_rows, tmp_pat
 
 def test_sft_through_accelerate_equals_one_process(start, mixed_rows, tmp_path):
     common = ["sail_rl/train_sft.py", "recipes/quickstart_sft.yaml", *SMALL, "sft.samples_per_step=4"]
-    common += ["model.random_init=null", f"model.path={start}", f"data.train={mixed_rows / 'rows.jsonl'}"]
+    common += [
+        "data.reasoning=terse",
+        "model.random_init=null",
+        f"model.path={start}",
+        f"data.train={mixed_rows / 'rows.jsonl'}",
+    ]
     accelerate = (str(BIN / "accelerate"), "launch", "--config_file", "recipes/accelerate/cpu_2.yaml")
     one = command(*common, f"output_dir={tmp_path / 'one'}")
     two = command(*common, f"output_dir={tmp_path / 'two'}", launcher=accelerate)
