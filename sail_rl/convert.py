@@ -44,6 +44,8 @@ CARRIED = (
     "added_tokens.json",
     "special_tokens_map.json",
 )
+# Read by the released code alone, and so kept in the manifest for the way back.
+KEPT = ("config.json", "preprocessor_config.json")
 
 
 def convert(source: Path, target: Path, to: Layout | None = None, dry_run: bool = False) -> Conversion:
@@ -99,23 +101,27 @@ def write_native_settings(plan: Conversion, folder: Path) -> None:
 
 
 def write_released_settings(plan: Conversion, folder: Path) -> None:
-    """config.json, as it once was if it still describes the model; and the chat template."""
-    values = earlier_config(plan) or released_config(plan.config, read_tiles(plan.source))
-    (folder / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    """config.json and the released processor's settings, as they once were where known; and the chat template."""
+    earlier = {name: values for name, values in plan.earlier.get("settings", {}).items() if name in KEPT}
+    if not still_describes(earlier.get("config.json", {}), plan):
+        earlier["config.json"] = released_config(plan.config, read_tiles(plan.source))
+    for name, values in earlier.items():
+        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     template = plan.source / "chat_template.jinja"
     if template.is_file():
         shutil.copyfile(template, folder / template.name)
 
 
-def earlier_config(plan: Conversion) -> dict[str, Any] | None:
-    """The released config.json that the source was made from, unless the source has been changed since."""
-    values = plan.earlier.get("config", {})
-    if not is_released(values):
-        return None
-    then = read_config(plan.source, values, bool(plan.config.tie_word_embeddings)).to_dict()
-    now = plan.config.to_dict()
-    ours = ("transformers_version", "_name_or_path")
-    return values if {**then, **dict.fromkeys(ours)} == {**now, **dict.fromkeys(ours)} else None
+def still_describes(earlier: dict[str, Any], plan: Conversion) -> bool:
+    """Whether the config.json that a source was made from is that of the source as it is now."""
+    if not is_released(earlier):
+        return False
+    then, now = (
+        read_config(plan.source, earlier, bool(plan.config.tie_word_embeddings)).to_dict(),
+        plan.config.to_dict(),
+    )
+    incidental = dict.fromkeys(("transformers_version", "_name_or_path"))
+    return then | incidental == now | incidental
 
 
 def read_tiles(source: Path) -> dict[str, int]:
@@ -163,7 +169,7 @@ def manifest(plan: Conversion) -> dict[str, Any]:
         "source": str(plan.source.resolve()),
         "direction": f"{plan.layout} -> {OTHER[plan.layout]}",
         "tied_lm_head": bool(plan.config.tie_word_embeddings),
-        "config": plan.values,
+        "settings": {name: read_json(plan.source / name) for name in KEPT if (plan.source / name).is_file()},
         "files": files,
     }
 

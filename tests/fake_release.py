@@ -134,6 +134,10 @@ def write_release(folder, tokenizer, llm, files=1):
     weights = random_weights(values)
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(values, indent=2))
+    remote = {"processor_class": "SAILVLProcessor", "auto_map": {"AutoProcessor": values["auto_map"]["AutoProcessor"]}}
+    for name in ("tokenizer_config.json", "preprocessor_config.json"):
+        file = folder / name
+        file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | remote))
     names = [f"model-{n + 1:05}-of-{files:05}.safetensors" for n in range(files)]
     for n, name in enumerate(names):
         part = dict(list(weights.items())[n::files])

@@ -87,6 +87,7 @@ def test_there_and_back_is_identical_to_the_byte(tmp_path, tokenizer, llm, files
     for name in (*names, "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "release" / name).read_bytes()
     assert json.loads((tmp_path / "again" / "config.json").read_text()) == values
+    assert "SAILVLProcessor" in (tmp_path / "again" / "preprocessor_config.json").read_text()
     manifest = json.loads((tmp_path / "again" / "conversion.json").read_text())
     assert manifest["direction"] == "native -> released"
     assert manifest["tied_lm_head"] == llm["tie_word_embeddings"]
