@@ -1,4 +1,4 @@
-"""The `sail-rl` command: what is done to a run beside training it."""
+"""The `sail-rl` command: what is done to runs and checkpoints beside training."""
 
 import argparse
 from pathlib import Path
@@ -8,15 +8,27 @@ from sail_rl.command_line import BadInput, fail
 
 def main() -> None:
     """Parse and run one subcommand."""
+    arguments = make_parser().parse_args()
+    try:
+        arguments.run_command(arguments)
+    except BadInput as mistake:
+        fail(mistake)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Every subcommand with what it takes."""
     parser = argparse.ArgumentParser(prog="sail-rl", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="write report.html of a run folder again")
     report.add_argument("run", type=Path, help="a run folder, such as runs/quickstart")
-    arguments = parser.parse_args()
-    try:
-        make_report(arguments.run)
-    except BadInput as mistake:
-        fail(mistake)
+    report.set_defaults(run_command=lambda arguments: make_report(arguments.run))
+    convert = commands.add_parser("convert", help="turn a released SAIL-VL2 checkpoint into ours, or back")
+    convert.add_argument("source", type=Path, help="a checkpoint folder; its config.json tells the layout")
+    convert.add_argument("target", type=Path, help="the folder to write, new or empty")
+    convert.add_argument("--to", choices=("released", "native"), help="the layout to write; the other one if left out")
+    convert.add_argument("--dry-run", action="store_true", help="check and tell, but write nothing")
+    convert.set_defaults(run_command=convert_checkpoint)
+    return parser
 
 
 def make_report(run: Path) -> None:
@@ -26,6 +38,15 @@ def make_report(run: Path) -> None:
     if not (run / "config.yaml").is_file():
         raise BadInput(f"{run} is not a run folder: it has no config.yaml")
     print(write_report(run))
+
+
+def convert_checkpoint(arguments: argparse.Namespace) -> None:
+    """Convert, and say what was or would be written."""
+    print(f"checking {arguments.source}", flush=True)
+    from sail_rl.convert import convert, result_line
+
+    plan = convert(arguments.source, arguments.target.resolve(), arguments.to, arguments.dry_run)
+    print(("would write " if arguments.dry_run else "wrote ") + result_line(plan, arguments.target))
 
 
 if __name__ == "__main__":

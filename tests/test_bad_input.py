@@ -91,12 +91,6 @@ def test_a_checkpoint_that_is_none(tmp_path):
 
 
 def test_sft_needs_reasoning(tmp_path, rows):
-    result = command(
-        "sail_rl/train_sft.py",
-        "recipes/quickstart_sft.yaml",
-        *SMALL,
-        rows(GOOD),
-        "data.reasoning=terse",
-        f"output_dir={tmp_path / 'run'}",
-    )
+    overrides = (*SMALL, rows(GOOD), "data.reasoning=terse", f"output_dir={tmp_path / 'run'}")
+    result = command("sail_rl/train_sft.py", "recipes/quickstart_sft.yaml", *overrides)
     assert "no `reasoning` to imitate" in refused(result)

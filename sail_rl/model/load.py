@@ -1,13 +1,16 @@
 """A model and its processor, as `model:` in the recipe asks for them."""
 
+from typing import Any
+
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
 import sail_rl.model  # noqa: F401  (registers SAIL-VL2 with the Auto classes)
 from sail_rl.command_line import BadInput
 from sail_rl.config import ModelSection
 from sail_rl.data.pictures import picture_row
+from sail_rl.model.released_config import is_released, released_processor
 from sail_rl.model.tiny import tiny_model, tiny_processor
 
 # Parts by their names in transformers' vision-language models (InternVL's, Qwen-VL's).
@@ -34,14 +37,29 @@ def load_model(section: ModelSection, seed: int):
 
 
 def load_checkpoint(path: str, dtype: str):
-    """An ordinary transformers folder or Hub id, never with remote code."""
+    """A transformers folder or Hub id, SAIL-VL2's released layout among them; never with remote code."""
     try:
-        processor = AutoProcessor.from_pretrained(path, padding_side="left")
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype))
+        processor = load_processor(path)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=getattr(torch, dtype), output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         gist = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInput(f"model.path = {path}: the checkpoint cannot be loaded: {gist}") from error
+    model, told = loaded
+    missing = sorted(told["missing_keys"])  # transformers would go on with random weights
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise BadInput(f"model.path = {path}: the checkpoint lacks {', '.join(missing[:5])}{more}")
     return model, processor
+
+
+def load_processor(path: str):
+    """The checkpoint's processor; a released SAIL-VL2 has one in remote code only, so ours takes its place."""
+    values, _ = PreTrainedConfig.get_config_dict(path)
+    if is_released(values):
+        return released_processor(path, values)
+    return AutoProcessor.from_pretrained(path, padding_side="left")
 
 
 def freeze(model, part: str) -> None:

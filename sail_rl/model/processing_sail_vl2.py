@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from transformers import ProcessorMixin
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 
 START_IMAGE, IMAGE_CONTEXT, END_IMAGE = "<img>", "<IMG_CONTEXT>", "</img>"
@@ -13,6 +14,18 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def default_chat_template() -> str:
     """The chat template of the Thinking models, as jinja text."""
     return (Path(__file__).parent / "chat_template.jinja").read_text()
+
+
+def tiling_image_processor(image_size: int, max_tiles: int, min_tiles: int = 1) -> GotOcr2ImageProcessorPil:
+    """Cuts a picture into square tiles of `image_size` pixels, with a thumbnail when there is more than one."""
+    return GotOcr2ImageProcessorPil(
+        size={"height": image_size, "width": image_size},
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
+        crop_to_patches=True,
+        min_patches=min_tiles,
+        max_patches=max_tiles,
+    )
 
 
 class SailVL2Processor(InternVLProcessor):

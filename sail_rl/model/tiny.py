@@ -7,18 +7,16 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.aimv2.modeling_aimv2 import build_2d_sinusoidal_position_embedding
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from sail_rl.model.configuration_sail_vl2 import SailVL2Config
 from sail_rl.model.modeling_sail_vl2 import SailVL2ForConditionalGeneration
 from sail_rl.model.processing_sail_vl2 import (
     END_IMAGE,
     IMAGE_CONTEXT,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     START_IMAGE,
     SailVL2Processor,
     default_chat_template,
+    tiling_image_processor,
 )
 
 IMAGE_SIZE = 56  # 4x4 patches of 14 pixels: 4 tokens a tile after the pixel shuffle
@@ -56,15 +54,9 @@ def tiny_tokenizer(corpus: list[str], vocab_size: int = 640) -> PreTrainedTokeni
 
 def tiny_processor(corpus: list[str], max_tiles: int = 1) -> SailVL2Processor:
     """Tokenizer, tiling image processor and chat template of the tiny model."""
-    image_processor = GotOcr2ImageProcessorPil(
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        image_mean=list(IMAGENET_MEAN),
-        image_std=list(IMAGENET_STD),
-        crop_to_patches=True,
-        max_patches=max_tiles,
-    )
     # The released suffix would cost the tiny model more tokens than question, picture and answer together.
     template = default_chat_template().replace(released_think_suffix(), "Think first.")
+    image_processor = tiling_image_processor(IMAGE_SIZE, max_tiles)
     return SailVL2Processor(image_processor, tiny_tokenizer(corpus), TOKENS_PER_TILE, chat_template=template)
 
 
