@@ -62,6 +62,7 @@ def run_recipe(train: Callable[[Any], None], recipe: CommonRecipe) -> None:
 def start_run(recipe: RecipeType) -> Run[RecipeType]:
     """Processes, threads, seeds, trackers and the run's folder."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
     import transformers
     from accelerate import Accelerator
     from accelerate.utils import gather_object, set_seed
@@ -69,7 +70,9 @@ def start_run(recipe: RecipeType) -> Run[RecipeType]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     log_with, precision = list(recipe.trainer.log_with) or None, recipe.trainer.mixed_precision
-    accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=recipe.output_dir)
+    # Unless told, accelerate takes each of several processes on a CPU for a run of its own.
+    on_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, log_with=log_with, project_dir=recipe.output_dir)
     share_threads(accelerator)
     set_seed(recipe.seed)
     if log_with:
