@@ -38,3 +38,14 @@ def start(tmp_path_factory) -> Path:
     result = command("sail_rl/train_sft.py", "recipes/quickstart_sft.yaml", *SMALL, f"output_dir={run}")
     assert result.returncode == 0, result.stderr
     return run / "final"
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """The model is too small to share out: on a busy machine, threads that wait for each other are ten times slower."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -25,15 +25,7 @@ QUESTIONS = [
     ("hm?", []),
     ("which bar of the chart is the tallest one?", [(80, 60)]),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The model is too small to share out: on a busy machine, threads that wait for each other are ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -48,15 +48,7 @@ QUESTIONS = [
 ]
 REWARDS = torch.tensor([reward for *_, rewards in QUESTIONS for reward in rewards])
 BIG, SMALL = 100_000, 200  # token budgets: all rows in one micro-batch; each group in its own
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The model is too small to share out: on a busy machine, threads that wait for each other are ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
