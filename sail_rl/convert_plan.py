@@ -30,8 +30,6 @@ class Conversion:
     source: Path
     layout: Layout
     """Of the source."""
-    values: dict[str, Any]
-    """The source's config.json."""
     config: SailVL2Config
     """The model, in our terms; its embeddings are tied when no file holds a head."""
     processor: SailVL2Processor | None
@@ -56,7 +54,7 @@ def plan_conversion(source: Path, to: Layout | None) -> Conversion:
     earlier = read_json(source / MANIFEST) if (source / MANIFEST).is_file() else {}
     outputs = restored_form(output_files(inputs, layout), earlier, source / MANIFEST)
     processor = read_processor(source, values) if layout == "released" else None
-    return Conversion(source, layout, values, config, processor, earlier, inputs, outputs)
+    return Conversion(source, layout, config, processor, earlier, inputs, outputs)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -212,6 +212,8 @@ def test_bad_rows_are_set_aside_and_the_others_keep_their_order(tmp_path, checke
 
 
 def test_a_bad_row_met_twice_in_one_batch_is_recorded_once(tmp_path):
+    open_stream(write_rows(tmp_path)).check_rows()
+    assert not (tmp_path / "quarantine.jsonl").exists()
     rows_of(open_stream(write_rows(tmp_path, (), (0,)), max_bad_rows=1), 2 * ROWS)
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 1
 

@@ -113,7 +113,7 @@ class RowStream(Generic[Item]):
         """Set rows aside; stop when there are more than `data.max_bad_rows`."""
         bad = [(i, why) for i, why in dict(bad).items() if i not in self.bad_rows]
         self.bad_rows.update(bad)
-        if self.quarantine_file and self.shard.rank == 0:
+        if self.quarantine_file and self.shard.rank == 0 and bad:
             self._record(self.quarantine_file, bad)
         if len(self.bad_rows) > self.max_bad_rows:
             shown = [f"  row {i + 1} (id {self._id(i)}): {why}" for i, why in sorted(self.bad_rows.items())]
