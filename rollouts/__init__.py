@@ -20,11 +20,13 @@ class Prompt:
     token_ids: list[int]
     """Chat template applied, image placeholders expanded to one token per image feature."""
     images: tuple[Image.Image, ...] = ()
-    """The pictures, decoded, in the order of their placeholders."""
+    """The pictures, decoded, in the order of their placeholders; each frame of a video is one."""
     model_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """What the processor made of the pictures: `pixel_values` [tiles, 3, height, width] and the like."""
     seed: int = 0
     """Position in the data stream: sampling depends on it, and not on how prompts are batched or sharded."""
+    token_inputs: Mapping[str, list[int]] = field(default_factory=dict)
+    """What it says of each token beside its id: `mm_token_type_ids`."""
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ Each prompt is read once: its key-value cache is then repeated for the group. Te
 _R rows (prompts x group), _T tokens, _V vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rollouts import Prompt, Rollout, Sampling
+from rollouts.inputs import PICTURE_INPUTS, position_ids, stack_model_inputs, stack_prompts
 
 
 class SeededSampler(LogitsProcessor):
@@ -75,14 +76,18 @@ class HFEngine:
         return rollouts
 
     def _generate_batch(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> list[Rollout]:
-        input_ids_BT, mask_BT = self._pad_left(prompts)
-        cache = self._read_prompts(prompts, input_ids_BT, mask_BT)
+        device = self.model.device
+        input_ids_BT, mask_BT = (t.to(device) for t in stack_prompts(prompts, self.tokenizer.pad_token_id))
+        inputs = {name: tensor.to(device) for name, tensor in stack_model_inputs(prompts).items()}
+        positions_BT = position_ids(self.model, input_ids_BT, mask_BT, inputs)
+        cache = self._read_prompts(input_ids_BT, mask_BT, positions_BT, inputs)
         cache.batch_repeat_interleave(group_size)
-        uniforms_RT = torch.from_numpy(draw_uniforms(prompts, group_size, sampling)).to(self.model.device)
+        uniforms_RT = torch.from_numpy(draw_uniforms(prompts, group_size, sampling)).to(device)
         sampler = SeededSampler(uniforms_RT, sampling.temperature, self.suppressed_token_ids)
         output_RT = self.model.generate(
             input_ids=input_ids_BT.repeat_interleave(group_size, dim=0),
             attention_mask=mask_BT.repeat_interleave(group_size, dim=0),
+            position_ids=positions_BT.repeat_interleave(group_size, dim=-2),
             past_key_values=cache,
             max_new_tokens=sampling.max_completion_length,
             logits_processor=LogitsProcessorList([sampler]),
@@ -91,25 +96,18 @@ class HFEngine:
         log_probs = torch.stack(sampler.log_probs_TR, dim=1).tolist()
         return [self._rollout(row, row_log_probs) for row, row_log_probs in zip(tokens, log_probs, strict=True)]
 
-    def _pad_left(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        pad = self.tokenizer.pad_token_id
-        rows = [[pad] * (longest - len(prompt.token_ids)) + prompt.token_ids for prompt in prompts]
-        masks = [[0] * (longest - len(prompt.token_ids)) + [1] * len(prompt.token_ids) for prompt in prompts]
-        device = self.model.device
-        return torch.tensor(rows, device=device), torch.tensor(masks, device=device)
-
-    def _read_prompts(self, prompts: Sequence[Prompt], input_ids_BT, mask_BT) -> DynamicCache:
+    def _read_prompts(self, input_ids_BT, mask_BT, positions_BT, inputs: Mapping[str, torch.Tensor]) -> DynamicCache:
         """The cache of all prompt tokens but the last, which `generate` itself reads to predict the first."""
         cache = DynamicCache(config=self.model.config)
+        pictures = {name: tensor for name, tensor in inputs.items() if name in PICTURE_INPUTS}
         self.model(
             input_ids=input_ids_BT[:, :-1],
             attention_mask=mask_BT[:, :-1],
-            position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0)[:, :-1],
+            position_ids=positions_BT[..., :-1],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-            **stack_model_inputs(prompts, self.model.device),
+            **pictures,
         )
         return cache
 
@@ -123,14 +121,6 @@ class HFEngine:
             finish_reason="stop" if ends else "length",
             weight_version=self.weight_version,
         )
-
-
-def stack_model_inputs(prompts: Sequence[Prompt], device: torch.device) -> dict[str, torch.Tensor]:
-    """The pictures of several prompts as one batch of tiles; empty when none has a picture."""
-    names = {name for prompt in prompts for name in prompt.model_inputs}
-    return {
-        name: torch.cat([p.model_inputs[name] for p in prompts if name in p.model_inputs]).to(device) for name in names
-    }
 
 
 def draw_uniforms(prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> np.ndarray:

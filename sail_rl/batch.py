@@ -1,24 +1,29 @@
-"""From prompts and completions to the padded tensors of one forward pass.
+"""From prompts and completions to the tensors of one forward pass, in one of three forms.
 
-A row is [padding | prompt | completion | padding]: prompts end and completions begin at one column, so that only
-completion positions need logits. Suffixes: _B rows, _T tokens of a row, _C tokens of a completion.
+`shared`: one row [prompt | completion 1 … G | next prompt | …]; a prompt and its pictures are read once for its group.
+`packed`: one row [prompt completion | prompt completion | …]; nothing is padded, each completion has its own prompt.
+`padded`: a row for each completion, [padding | prompt | completion | padding].
+Suffixes: _R rows, _T tokens of a row, _B completions, _C tokens of a completion, _P of a prompt, _N predicted tokens.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate, pairwise
+from typing import Literal
 
 import torch
 from PIL import Image
 
 from rollouts import Prompt
-from rollouts.hf import stack_model_inputs
+from rollouts.inputs import encoded_prompt, stack_model_inputs, stack_prompts
 
 PADDING = 0  # any token will do: padding is masked in attention and in the loss
+Form = Literal["shared", "packed", "padded"]
 
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt with its completions: the unit of work, never split over micro-batches."""
+    """A prompt with its completions: the unit of work."""
 
     prompt: Prompt
     completions: list[list[int]]
@@ -35,69 +40,42 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Neighbouring tokens of a row that attend causally to each other and, if they have a prefix, to all of it."""
+
+    length: int
+    prefix: int | None = None
+    """The number of the segment that is read before this one."""
+
+
+@dataclass(frozen=True)
 class TrainingBatch:
     """One micro-batch."""
 
-    input_ids_BT: torch.Tensor
-    attention_mask_BT: torch.Tensor
+    input_ids_RT: torch.Tensor
+    attention_mask_RT: torch.Tensor
+    """0 on padding."""
+    segments: tuple[Segment, ...]
+    """The parts of the only row; none in the padded form."""
+    predictors_N: torch.Tensor
+    """Places in the flattened rows whose hidden states predict the completions' tokens."""
+    places_N: torch.Tensor
+    """Where each predicted token stands in the flattened [B, C]."""
     completion_ids_BC: torch.Tensor
     mask_BC: torch.Tensor
     """Float: 1 on tokens that are trained."""
     advantages_B: torch.Tensor
+    readers_RT: torch.Tensor
+    """Float: how many trained completions read each token, themselves included."""
     model_inputs: dict[str, torch.Tensor]
-    """The pictures of all rows."""
+    """The pictures of all rows, and what kind of token each is where the model asks for it: from these and the mask
+    Qwen-VL works out its positions (M-RoPE)."""
 
     def to(self, device: torch.device) -> "TrainingBatch":
         """The same batch on another device."""
-        moved = {key: value.to(device) for key, value in self.model_inputs.items()}
-        return TrainingBatch(
-            self.input_ids_BT.to(device),
-            self.attention_mask_BT.to(device),
-            self.completion_ids_BC.to(device),
-            self.mask_BC.to(device),
-            self.advantages_B.to(device),
-            moved,
-        )
-
-
-def split_by_token_budget(groups: Sequence[Group], token_budget: int) -> list[list[Group]]:
-    """Whole groups per micro-batch, so that rows times width stays within the budget; a larger group stands alone."""
-    ordered = sorted(groups, key=lambda group: (len(group.prompt.token_ids), group.longest_completion))
-    parts: list[list[Group]] = []
-    for group in ordered:
-        if parts and padded_tokens([*parts[-1], group]) <= token_budget:
-            parts[-1].append(group)
-        else:
-            parts.append([group])
-    return parts
-
-
-def padded_tokens(groups: Sequence[Group]) -> int:
-    """Tokens of the padded rectangle that holds these groups."""
-    width = max(len(g.prompt.token_ids) for g in groups) + max(g.longest_completion for g in groups)
-    return width * sum(len(g.completions) for g in groups)
-
-
-def make_batch(groups: Sequence[Group]) -> TrainingBatch:
-    """Pad the groups' rows into one batch."""
-    rows = [(group.prompt, completion) for group in groups for completion in group.completions]
-    trained = [float(group.trained) for group in groups for _ in group.completions]
-    prompt_width = max(len(prompt.token_ids) for prompt, _ in rows)
-    completion_width = max(1, max(len(completion) for _, completion in rows))
-    prompt_ids = [[PADDING] * (prompt_width - len(p.token_ids)) + p.token_ids for p, _ in rows]
-    completion_ids = [c + [PADDING] * (completion_width - len(c)) for _, c in rows]
-    prompt_mask = [[0] * (prompt_width - len(p.token_ids)) + [1] * len(p.token_ids) for p, _ in rows]
-    completion_mask = [[1] * len(c) + [0] * (completion_width - len(c)) for _, c in rows]
-    mask_BC = torch.tensor(completion_mask)
-    advantages = [value for group in groups for value in (group.advantages or [0.0] * len(group.completions))]
-    return TrainingBatch(
-        input_ids_BT=torch.cat([torch.tensor(prompt_ids), torch.tensor(completion_ids)], dim=1),
-        attention_mask_BT=torch.cat([torch.tensor(prompt_mask), mask_BC], dim=1),
-        completion_ids_BC=torch.tensor(completion_ids),
-        mask_BC=mask_BC.float() * torch.tensor(trained)[:, None],
-        advantages_B=torch.tensor(advantages, dtype=torch.float32),
-        model_inputs=stack_model_inputs([prompt for prompt, _ in rows], torch.device("cpu")),
-    )
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("segments", "model_inputs")}
+        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+        return replace(self, **moved, model_inputs={name: t.to(device) for name, t in self.model_inputs.items()})
 
 
 def make_batches(
@@ -105,16 +83,145 @@ def make_batches(
     token_budget: int,
     idle: Group,
     highest: Callable[[int], int] = lambda count: count,
+    form: Form = "padded",
 ) -> list[TrainingBatch]:
     """Micro-batches of this process: as many as any process has (`highest`), each with a picture.
 
     Distributed training waits for every process in every pass and for a gradient of every weight. A process that has
     nothing left adds the idle group with all tokens masked, and so does a batch of text alone: its gradient is zero.
     """
-    parts = split_by_token_budget(groups, token_budget)
-    batches = [make_batch([*part, idle] if needs_picture(part, idle) else part) for part in parts]
+    parts = split_by_token_budget(groups, token_budget, form)
+    batches = [make_batch([*part, idle] if needs_picture(part, idle) else part, form) for part in parts]
     missing = highest(max(len(batches), 1)) - len(batches)
-    return batches + [make_batch([idle])] * missing
+    return batches + [make_batch([idle], form)] * missing
+
+
+def split_by_token_budget(groups: Sequence[Group], token_budget: int, form: Form = "padded") -> list[list[Group]]:
+    """Groups per micro-batch, within the budget of tokens; a group beyond it is cut, down to single completions."""
+    pieces = [piece for group in groups for piece in cut(group, token_budget, form)]
+    ordered = sorted(pieces, key=lambda group: (len(group.prompt.token_ids), group.longest_completion))
+    parts: list[list[Group]] = []
+    for group in ordered:
+        if parts and size([*parts[-1], group], form) <= token_budget:
+            parts[-1].append(group)
+        else:
+            parts.append([group])
+    return parts
+
+
+def cut(group: Group, token_budget: int, form: Form) -> list[Group]:
+    """The group in as few parts of equal number as fit the budget, long completions apart from short ones."""
+    order = sorted(range(len(group.completions)), key=lambda member: len(group.completions[member]))
+    for count in range(1, len(order) + 1):
+        bounds = [len(order) * part // count for part in range(count + 1)]
+        parts = [members(group, sorted(order[a:b])) for a, b in pairwise(bounds)]
+        if all(size([part], form) <= token_budget for part in parts):
+            return parts
+    return [members(group, [member]) for member in range(len(order))]
+
+
+def members(group: Group, chosen: Sequence[int]) -> Group:
+    """The group with some of its completions."""
+    advantages = [group.advantages[member] for member in chosen] if group.advantages else []
+    return replace(group, completions=[group.completions[member] for member in chosen], advantages=advantages)
+
+
+def size(groups: Sequence[Group], form: Form) -> int:
+    """Tokens of the rows that hold these groups, padding included."""
+    if form == "padded":
+        width = max(len(g.prompt.token_ids) for g in groups) + max(g.longest_completion for g in groups)
+        return width * sum(len(g.completions) for g in groups)
+    copies = [1 if form == "shared" else len(group.completions) for group in groups]
+    prompts = sum(len(g.prompt.token_ids) * count for g, count in zip(groups, copies, strict=True))
+    return prompts + sum(len(completion) for group in groups for completion in group.completions)
+
+
+def make_batch(groups: Sequence[Group], form: Form = "padded") -> TrainingBatch:
+    """The groups' tensors."""
+    rows = pad(groups) if form == "padded" else pack(groups, share=form == "shared")
+    completions = [completion for group in groups for completion in group.completions]
+    width = max(1, *map(len, completions))
+    lengths_B = torch.tensor([len(completion) for completion in completions])
+    written_BC = torch.arange(width) < lengths_B[:, None]
+    trained_B = torch.tensor([float(group.trained) for group in groups for _ in group.completions])
+    advantages = [value for group in groups for value in (group.advantages or [0.0] * len(group.completions))]
+    return TrainingBatch(
+        places_N=written_BC.flatten().nonzero()[:, 0],
+        completion_ids_BC=torch.tensor([c + [PADDING] * (width - len(c)) for c in completions]),
+        mask_BC=written_BC * trained_B[:, None],
+        advantages_B=torch.tensor(advantages, dtype=torch.float32),
+        **rows,
+    )
+
+
+def pad(groups: Sequence[Group]) -> dict:
+    """A row for each completion: prompts end, and completions begin, at one column."""
+    rows = [(group.prompt, completion) for group in groups for completion in group.completions]
+    prompts, lengths_B = [prompt for prompt, _ in rows], torch.tensor([len(completion) for _, completion in rows])
+    width = max(1, int(lengths_B.max()))
+    prompt_ids_RP, prompt_mask_RP = stack_prompts(prompts, PADDING)
+    completion_ids_RC = torch.tensor([completion + [PADDING] * (width - len(completion)) for _, completion in rows])
+    written_RC = torch.arange(width) < lengths_B[:, None]
+    mask_RT = torch.cat([prompt_mask_RP, written_RC.long()], dim=1)
+    predicts_RT = torch.zeros_like(mask_RT, dtype=torch.bool)
+    predicts_RT[:, -width - 1 : -1] = written_RC  # a token is predicted where the one before it stands
+    reads_R = torch.tensor([float(g.trained and len(c) > 0) for g in groups for c in g.completions])
+    return {
+        "input_ids_RT": torch.cat([prompt_ids_RP, completion_ids_RC], dim=1),
+        "attention_mask_RT": mask_RT,
+        "segments": (),
+        "predictors_N": predicts_RT.flatten().nonzero()[:, 0],
+        "readers_RT": mask_RT * reads_R[:, None],
+        "model_inputs": stack_model_inputs(prompts, width),
+    }
+
+
+def pack(groups: Sequence[Group], share: bool) -> dict:
+    """One row without padding, its prompts read once for a group or once for each completion."""
+    # What is read: a prompt and the completions after it.
+    runs = [(g, g.completions) for g in groups] if share else [(g, [c]) for g in groups for c in g.completions]
+    tokens: list[int] = []
+    segments: list[Segment] = []
+    predictors: list[int] = []
+    readers: list[float] = []
+    for group, completions in runs:
+        prompt, written = group.prompt.token_ids, [completion for completion in completions if completion]
+        last = len(tokens) + len(prompt) - 1
+        ends = list(accumulate(map(len, written), initial=last + 1))
+        for start, completion in zip(ends, written, strict=False):
+            # The prompt's last token predicts the first of every completion.
+            predictors += [last, *range(start, start + len(completion) - 1)]
+        head = len(segments)
+        segments += [Segment(len(prompt)), *(Segment(len(completion), head) for completion in written)]
+        tokens += [*prompt, *(token for completion in written for token in completion)]
+        readers += [float(group.trained) * len(written)] * len(prompt)
+        readers += [float(group.trained)] * sum(map(len, written))
+    return {
+        "input_ids_RT": torch.tensor([tokens]),
+        "attention_mask_RT": torch.ones(1, len(tokens), dtype=torch.long),
+        "segments": tuple(segments),
+        "predictors_N": torch.tensor(predictors, dtype=torch.long),
+        "readers_RT": torch.tensor([readers]),
+        "model_inputs": pack_model_inputs([group.prompt for group, _ in runs], segments),
+    }
+
+
+def pack_model_inputs(prompts: Sequence[Prompt], segments: Sequence[Segment]) -> dict[str, torch.Tensor]:
+    """The pictures of the prompts, and what the processor says of each token of the row: 0 on completions."""
+    inputs = stack_model_inputs([replace(prompt, token_inputs={}) for prompt in prompts])
+    for name in dict.fromkeys(name for prompt in prompts for name in prompt.token_inputs):
+        told = iter(prompts)
+        values = [
+            [0] * segment.length if segment.prefix is not None else token_input(next(told), name)
+            for segment in segments
+        ]
+        inputs[name] = torch.tensor([[value for part in values for value in part]])
+    return inputs
+
+
+def token_input(prompt: Prompt, name: str) -> list[int]:
+    """What the processor says of each token; nothing of text."""
+    return prompt.token_inputs.get(name, [0] * len(prompt.token_ids))
 
 
 def needs_picture(groups: Sequence[Group], idle: Group) -> bool:
@@ -127,7 +234,5 @@ def idle_group(processor, with_picture: bool) -> Group:
     content = [{"type": "image"}] if with_picture else [{"type": "text", "text": "."}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
     images = [Image.new("RGB", (28, 28))] if with_picture else None
-    encoded = processor(text=[text], images=images, return_tensors="pt")
-    model_inputs = {key: value for key, value in encoded.items() if key not in ("input_ids", "attention_mask")}
-    prompt = Prompt("idle", encoded["input_ids"][0].tolist(), model_inputs=model_inputs)
+    prompt = encoded_prompt("idle", processor(text=[text], images=images, return_tensors="pt"))
     return Group(prompt, [[processor.tokenizer.eos_token_id]], trained=False)

@@ -1,4 +1,5 @@
-"""Saving and going on. A checkpoint is an ordinary transformers folder with `trainer_state.pt` beside the weights.
+"""Saving and going on. A checkpoint is an ordinary transformers folder with `trainer_state.pt` beside the weights; of a
+LoRA run, whose other weights never change, it is a folder of peft's.
 
 A folder is written under a temporary name and renamed when complete, so any `step_N` that exists is whole.
 """
@@ -13,6 +14,7 @@ import torch
 
 from sail_rl.config import ModelSection
 from sail_rl.launch import Run
+from sail_rl.model.lora import has_adapters, load_adapters, merged, save_adapters
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,8 @@ class Progress:
 
 
 def full_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every weight, for an engine to load."""
-    for name, parameter in model.named_parameters():
-        yield name, parameter.detach()
+    """(name, tensor) of every weight, for an engine to load; adapters merged, names those of the model without them."""
+    return merged(model, model.named_parameters())
 
 
 def save_checkpoint(run: Run, model, processor, optimizer, progress: Progress) -> None:
@@ -46,7 +47,8 @@ def save_checkpoint(run: Run, model, processor, optimizer, progress: Progress) -
         target = run.folder / "checkpoints" / f"step_{progress.step}"
         temporary = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        save_model(temporary, model, processor)
+        (save_adapters if has_adapters(model) else save_whole)(temporary, model)
+        processor.save_pretrained(temporary)
         torch.save({"optimizer": optimizer.state_dict(), "progress": asdict(progress)}, temporary / "trainer_state.pt")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
@@ -55,10 +57,21 @@ def save_checkpoint(run: Run, model, processor, optimizer, progress: Progress) -
     run.accelerator.wait_for_everyone()
 
 
+def save_whole(folder: Path, model) -> None:
+    """The model as transformers loads it, adapters merged."""
+    weights = None
+    if has_adapters(model):
+        # Merged weights are new tensors: in main memory, where there is room for a second model.
+        weights = {name: tensor.cpu() for name, tensor in merged(model, model.state_dict().items())}
+    model.save_pretrained(folder, state_dict=weights)
+
+
 def save_model(folder: Path, model, processor) -> None:
-    """The model and its processor as transformers loads them."""
-    model.save_pretrained(folder)
+    """The final model and its processor as transformers loads them, and its adapters on their own."""
+    save_whole(folder, model)
     processor.save_pretrained(folder)
+    if has_adapters(model):
+        save_adapters(folder / "adapter", model)
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
@@ -74,17 +87,21 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
 
 
 def resume_from(section: ModelSection, checkpoint: Path | None) -> ModelSection:
-    """The recipe's model section, with the checkpoint's weights when there is one."""
+    """The recipe's model section, with the checkpoint's weights when there is one; adapters come with the progress."""
     if checkpoint is None:
         return section
     print(f"going on from {checkpoint}", flush=True)
+    if section.lora:
+        return section
     return section.model_copy(update={"path": str(checkpoint), "random_init": None})
 
 
-def load_progress(checkpoint: Path | None, optimizer) -> Progress:
-    """Put the optimizer back and say where the run stands. Weights are loaded with the model."""
+def load_progress(checkpoint: Path | None, model, optimizer) -> Progress:
+    """Put optimizer and adapters back and say where the run stands. Other weights are loaded with the model."""
     if checkpoint is None:
         return Progress()
+    if has_adapters(model):
+        load_adapters(checkpoint, model)
     state = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     return Progress(**state["progress"])

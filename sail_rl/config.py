@@ -14,25 +14,65 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class LoraSection(Section):
+    """Low-rank adapters in the linear layers of some parts; everything else is frozen. peft's names and meanings."""
+
+    r: Annotated[int, Field(ge=1)] = 16
+    lora_alpha: Annotated[int, Field(ge=1)] = 32
+    """The adapters' product is scaled by `lora_alpha / r`."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    parts: Annotated[list[Literal["tower", "llm"]], Field(min_length=1)] = ["llm"]
+    """Whose linear layers get adapters: attention and dense feed-forward layers, never embeddings, the head, or a
+    mixture's router and experts."""
+
+
 class ModelSection(Section):
     """What is trained."""
 
     path: Annotated[str, Field(min_length=1)] | None = None
     """A checkpoint folder or a Hub id."""
-    random_init: Literal["tiny"] | None = None
-    """Instead of a path: fresh weights of this size, with a tokenizer for the built-in picture task."""
+    random_init: Literal["tiny", "tiny_qwen3_vl", "tiny_internvl"] | None = None
+    """Instead of a path: fresh weights of this kind, with a tokenizer for the built-in picture task. `tiny` is a
+    SAIL-VL2."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights; matrix products follow `trainer.mixed_precision`. Weights in bfloat16 cannot take the small steps
     of a learning rate below about 1e-4."""
     freeze: list[Literal["tower", "adapter", "llm"]] = []
-    """Parts that are not trained."""
+    """Parts that are not trained. With `lora` all weights of the model are frozen anyway."""
+    lora: LoraSection | None = None
+    """Train adapters instead of the weights, which then may be in bfloat16. `checkpoints/step_N` holds the adapters
+    alone, in peft's format; `final` is the model with the adapters merged into its weights, and `final/adapter` the
+    adapters for the model at `path`."""
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the load-balancing loss of a mixture of experts (Switch Transformer's, over the tokens of all
+    processes). 0, as the Qwen3 checkpoints have it switched off; 0.001 is what their configuration names."""
     max_tiles: Annotated[int, Field(ge=1)] | None = None
-    """Most tiles a picture is cut into; the checkpoint's own value when left out."""
+    """Most tiles a picture is cut into; the checkpoint's own value when left out. Qwen-VL cuts no tiles."""
+    min_tiles: Annotated[int, Field(ge=1)] | None = None
+    """Fewest tiles, in which small pictures are enlarged; the checkpoint's own value when left out."""
+    any_resolution: bool | None = None
+    """SAIL-VL2 only: pictures at their native size, up to 1792 x 1792 pixels, instead of tiles; the checkpoint's own
+    way when left out."""
+
+    @model_validator(mode="after")
+    def tiles_in_order(self):
+        if self.min_tiles and self.max_tiles and self.min_tiles > self.max_tiles:
+            raise ValueError(f"`min_tiles` = {self.min_tiles} is more than `max_tiles` = {self.max_tiles}")
+        return self
 
     @model_validator(mode="after")
     def one_origin(self):
         if (self.path is None) == (self.random_init is None):
             raise ValueError("give exactly one of `path` and `random_init`")
+        return self
+
+    @model_validator(mode="after")
+    def lora_fits(self):
+        if self.lora and self.random_init:
+            raise ValueError("lora trains adapters for a checkpoint: give `path` instead of `random_init`")
+        both = sorted(set(self.freeze) & set(self.lora.parts if self.lora else []))
+        if both:
+            raise ValueError(f"`freeze` and `lora.parts` both name {both[0]}; leave it out of one of them")
         return self
 
 
@@ -112,16 +152,23 @@ class DataSection(Section):
     """Questions for the accuracy before, during and after training; none when left out."""
     columns: dict[str, str] = {}
     """Our column name -> the dataset's: `{question: problem, answer: gold}`."""
-    thinking: Literal["think", "direct"] = "think"
-    """Answer form that is asked for: reasoning and a boxed answer, or a boxed answer alone."""
+    thinking: Literal["think", "direct", "judge"] = "think"
+    """Answer form that is asked for: reasoning and a boxed answer; a boxed answer alone; or first a judgement whether
+    reasoning is needed, then reasoning or an empty think block, then a boxed answer."""
     reasoning: Annotated[dict[str, Share], Field(min_length=1)] = {"terse": 1.0}
     """Which reasoning traces SFT imitates: one kind, or several with their shares. `terse` is the column `reasoning`,
     any other kind is `reasoning_<kind>`, with an answer of its own where the row has `answer_<kind>`."""
+    video_frames: Annotated[int, Field(ge=1)] = 16
+    """Most frames that are shown of a video, evenly spread over it."""
     max_prompt_length: Annotated[int, Field(ge=1)] = 4096
     """In tokens, pictures included; a longer prompt is a bad row, never cut."""
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
     """Rows that cannot be used are set aside, with id and reason, up to this many; then the run stops."""
     shuffle: bool = True
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes beside each that trains, which decode and cut the pictures of the next step while this one runs: one
+    more step's pictures in memory. When left out: with a GPU half of the cores, at most 4; without one none,
+    since the model itself keeps all cores busy."""
 
     _expand = field_validator("train", "eval", mode="before")(expand_source)
 
@@ -191,9 +238,12 @@ class SftSection(Section):
 class UpdateSection(Section):
     """How the batch is laid out for the update."""
 
-    mode: Literal["auto", "padded"] = "auto"
+    mode: Literal["auto", "shared", "packed", "padded"] = "auto"
+    """`shared`: a prompt and its pictures are computed once for its group; `packed`: once for each completion, without
+    padding; `padded`: rows of one length. All give the same gradients; `auto` is `shared` where that is exact for the
+    model, which the first step checks."""
     token_budget: Annotated[int, Field(ge=1)] = 16384
-    """Most tokens, padding included, in one micro-batch; a group is never split."""
+    """Most tokens, padding included, in one micro-batch; a larger group is cut."""
 
 
 class OptimSection(Section):
@@ -226,6 +276,8 @@ class TrainerSection(Section):
     """`auto` goes on from the newest checkpoint in output_dir; `never` refuses a folder that has a run."""
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
+    profile: bool = False
+    """Write `profile/` in output_dir: a table of phase times and MFU, and a trace of the second and third step."""
     log_with: list[Literal["tensorboard", "wandb", "trackio"]] = []
 
 

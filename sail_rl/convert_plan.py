@@ -88,7 +88,7 @@ def read_config(source: Path, values: dict[str, Any], tied: bool) -> SailVL2Conf
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
         raise BadInput(f"{source}: {' '.join(str(error).split())}") from error
     if config.tie_word_embeddings:  # else a head that lacks is told with all other names that lack
-        config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied  # type: ignore[union-attr]
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
     return config
 
 

@@ -10,10 +10,13 @@ from typing import Any, Generic, TypeVar
 from sail_rl.command_line import BadInput, fail, recipe_text
 from sail_rl.config import CommonRecipe
 from sail_rl.data.stream import Shard
+from sail_rl.data.workers import Workers
 from sail_rl.run_folder import check_run, environment, finished, has_begun, write_json
 
 RecipeType = TypeVar("RecipeType", bound=CommonRecipe)
 INTERRUPTED = 130  # as shells say it
+NEEDED_BY_WORKERS = ("sail_rl.model.load",)  # torch and the processors: loaded while the trainer loads its model
+MOST_WORKERS = 4  # unless data.workers asks for more: enough for 16 pictures of 13 tiles in half a second
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Run(Generic[RecipeType]):
     folder: Path
     accelerator: Any
     shard: Shard
+    workers: Workers | None = None
+    """Who prepares rows ahead; None where this process does it itself."""
 
     @property
     def is_main(self) -> bool:
@@ -79,9 +84,23 @@ def start_run(recipe: RecipeType) -> Run[RecipeType]:
         accelerator.init_trackers("sail_rl", config=flat(recipe.model_dump(mode="json")))
     single = accelerator.num_processes == 1
     shard = Shard() if single else Shard(accelerator.process_index, accelerator.num_processes, gather_object)
-    run = Run(recipe, Path(recipe.output_dir), accelerator, shard)
+    count = number_of_workers(recipe, accelerator)
+    run = Run(recipe, Path(recipe.output_dir), accelerator, shard, Workers(count, NEEDED_BY_WORKERS) if count else None)
     make_folder(run)
     return run
+
+
+def number_of_workers(recipe: CommonRecipe, accelerator) -> int:
+    """The recipe's `data.workers`, or what suits the machine."""
+    if recipe.data.workers is not None:
+        return recipe.data.workers
+    return 0 if accelerator.device.type == "cpu" else min(MOST_WORKERS, cores_per_process(accelerator) // 2)
+
+
+def cores_per_process(accelerator) -> int:
+    """This machine's cores, shared out among the processes on it."""
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    return max(1, len(os.sched_getaffinity(0)) // processes_here)
 
 
 def share_threads(accelerator) -> None:
@@ -89,8 +108,7 @@ def share_threads(accelerator) -> None:
     import torch
 
     if accelerator.device.type == "cpu":
-        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
+        torch.set_num_threads(cores_per_process(accelerator))
 
 
 def make_folder(run: Run) -> None:
@@ -108,7 +126,8 @@ def make_folder(run: Run) -> None:
 def record_environment(run: Run, model) -> None:
     """Versions, devices, processes, threads and the wrapper around the model, as environment.json."""
     if run.is_main:
-        write_json(run.folder / "environment.json", environment(run.accelerator) | {"wrapper": type(model).__name__})
+        ours = {"wrapper": type(model).__name__, "data_workers": run.workers.count if run.workers else 0}
+        write_json(run.folder / "environment.json", environment(run.accelerator) | ours)
 
 
 def flat(values: dict, prefix: str = "") -> dict:
@@ -117,6 +136,13 @@ def flat(values: dict, prefix: str = "") -> dict:
     for key, value in values.items():
         pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
     return pairs
+
+
+def seed_step(run: Run, step: int) -> None:
+    """Give dropout its random numbers by step and process alone: a resumed run draws what an uninterrupted one does."""
+    import torch
+
+    torch.manual_seed((run.recipe.seed << 32) + step * run.shard.world_size + run.shard.rank)
 
 
 def check_divisible(run: Run, key: str, value: int) -> None:

@@ -1,11 +1,12 @@
 """The losses: pure functions, tensors in, loss and sums for the log out.
 
-Suffixes: _B completions, _T tokens of a completion, _V vocabulary. Every loss is a sum over its micro-batch, divided
-by a normaliser of the whole step (all micro-batches and processes), so that the gradient does not depend on how the
-batch was cut. A new loss is a new function here and its name in `config.GrpoSection.loss_type`.
+Suffixes: _B completions, _T tokens of a completion, _V vocabulary; of a mixture of experts _L layers, _N all tokens
+read, _E experts. Every loss is a sum over its micro-batch, divided by a normaliser of the whole step (all micro-batches
+and processes), so that the gradient does not depend on how the batch was cut. A new loss is a new function here and its
+name in `config.GrpoSection.loss_type`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ class PolicyTerms:
     """With gradient."""
     entropy_BT: torch.Tensor
     """Without gradient."""
+    likeliest_BT: torch.Tensor
+    """Whether the token is the one that the policy finds likeliest."""
 
 
 def token_log_probs(
@@ -36,7 +39,8 @@ def token_log_probs(
     with torch.no_grad():
         # 0 * log 0 is 0 here: suppressed tokens add nothing.
         entropy_BT = torch.special.entr(all_log_probs_BTV.exp()).sum(-1)
-    return PolicyTerms(log_probs_BT, entropy_BT)
+        likeliest_BT = all_log_probs_BTV.argmax(-1) == tokens_BT
+    return PolicyTerms(log_probs_BT, entropy_BT, likeliest_BT)
 
 
 def loss_normaliser(loss_type: str, lengths: Sequence[int], max_completion_length: int) -> float:
@@ -109,3 +113,37 @@ def supervised_loss(
     """Cross-entropy on the target's tokens."""
     loss = -(log_probs_BT * mask_BT).sum() / normaliser
     return loss, {"nll": -masked_sum(log_probs_BT, mask_BT)}
+
+
+def balance_loss(
+    router_logits_LNE: Sequence[torch.Tensor],
+    weights_N: torch.Tensor,
+    experts_per_token: int,
+    normaliser: float,
+    sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The load-balancing loss of a mixture of experts (Switch Transformer's), and its sums for the log.
+
+    E experts x their fraction of the tokens x their mean probability, over all layers L and tokens N, each of which
+    counts as often as its weight says.
+    The fractions, which have no gradient, are those of the same micro-batch on all processes together: each process's
+    part is then linear in its own tokens, and the parts add up to the loss, and the gradient, of the whole.
+    `normaliser` is the sum of the step's weights.
+    """
+    weights_N1 = weights_N.float()[:, None]
+    probabilities_LNE = [torch.softmax(logits_NE.float(), dim=-1) for logits_NE in router_logits_LNE]
+    with torch.no_grad():
+        counts_LE = torch.stack([chosen_experts(p_NE, experts_per_token, weights_N1) for p_NE in probabilities_LNE])
+        counts_LE, tokens = sum_over_processes(counts_LE), sum_over_processes(weights_N1.sum())
+        fractions_LE = counts_LE / tokens.clamp(min=1)
+    probability_E = torch.stack([(p_NE * weights_N1).sum(0) for p_NE in probabilities_LNE]).mean(0) / normaliser
+    experts = fractions_LE.shape[1]
+    loss = experts * (fractions_LE.mean(0) * probability_E).sum()
+    share = float(fractions_LE.max()) / experts_per_token
+    return loss, {"balance": float(loss.detach()), "largest_share": share * float(weights_N1.sum()) / normaliser}
+
+
+def chosen_experts(probabilities_NE: torch.Tensor, experts_per_token: int, weights_N1: torch.Tensor) -> torch.Tensor:
+    """How many tokens, by weight, each expert reads."""
+    chosen_NK = probabilities_NE.topk(experts_per_token, dim=-1).indices
+    return torch.zeros_like(probabilities_NE).scatter(1, chosen_NK, 1.0).mul(weights_N1).sum(0)

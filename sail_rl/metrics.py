@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.profiler import record_function
 
 from sail_rl.launch import Run
 
@@ -24,9 +25,10 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str):
-        """Add the time of a `with` block to a phase."""
+        """Add the time of a `with` block to a phase, and name it in a profiler's trace."""
         start = time.perf_counter()
-        yield
+        with record_function(name):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:

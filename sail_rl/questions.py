@@ -3,10 +3,14 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
+from PIL import Image
+
 from rollouts import Prompt, Rollout
+from sail_rl.config import DataSection, SftRecipe
 from sail_rl.data.example import Example
 from sail_rl.data.prompting import Sample, make_prompt, make_sample, pick_kind
 from sail_rl.data.sources import open_rows
@@ -15,6 +19,7 @@ from sail_rl.launch import Run
 
 Item = TypeVar("Item")
 LARGEST_SIDE = 768  # of a picture that is kept for people to look at
+LARGEST_FRAME = 384  # of a frame: there are many, and they are shown side by side
 
 
 @dataclass(frozen=True)
@@ -32,22 +37,25 @@ def question_stream(run: Run, part: Literal["eval"], processor) -> RowStream[Que
 def question_stream(run, part, processor):
     """The questions of `data.train` or `data.eval`; None where the recipe names no source."""
     data = run.recipe.data
-
-    def prepare(example: Example, position: int) -> Question:
-        return Question(example, make_prompt(example, processor, data.thinking, data.max_prompt_length, position))
-
+    prepare = partial(make_question, processor=processor, data=data)
     return None if part == "eval" and data.eval is None else checked_stream(run, part, prepare)
+
+
+def make_question(example: Example, position: int, processor, data: DataSection) -> Question:
+    """An example as the model reads it."""
+    return Question(example, make_prompt(example, processor, data.thinking, data.max_prompt_length, position))
 
 
 def sample_stream(run: Run, processor) -> RowStream[Sample]:
     """SFT samples of `data.train`."""
-    data, max_length = run.recipe.data, run.recipe.sft.max_length
+    return checked_stream(run, "train", partial(place_sample, processor=processor, recipe=run.recipe))
 
-    def prepare(example: Example, position: int) -> Sample:
-        kind = pick_kind(data.reasoning, run.recipe.seed, position)
-        return make_sample(example, processor, data.thinking, kind, data.max_prompt_length, max_length)
 
-    return checked_stream(run, "train", prepare)
+def place_sample(example: Example, position: int, processor, recipe: SftRecipe) -> Sample:
+    """An example as a sample of the kind that belongs to its position."""
+    data = recipe.data
+    kind = pick_kind(data.reasoning, recipe.seed, position)
+    return make_sample(example, processor, data.thinking, kind, data.max_prompt_length, recipe.sft.max_length)
 
 
 def checked_stream(run: Run, part: str, prepare: Callable[[Example, int], Item]) -> RowStream[Item]:
@@ -63,6 +71,9 @@ def checked_stream(run: Run, part: str, prepare: Callable[[Example, int], Item])
         max_bad_rows=data.max_bad_rows,
         quarantine_file=run.folder / "quarantine.jsonl",
         shard=run.shard,
+        video_frames=data.video_frames,
+        workers=run.workers,
+        one_pass=part == "eval",
     )
     stream.check_rows()
     return stream
@@ -92,25 +103,31 @@ def as_completion(example: Example, text: str) -> str | list[dict[str, str]]:
 
 
 def picture_paths(run: Path, example: Example) -> list[str]:
-    """Files of the example's pictures; those without one (drawn, or from bytes) are written to the run folder."""
+    """Files of the example's pictures and frames; those without one are written to the run folder."""
     given = example.columns["images"]
-    if given and all(path is not None for path in given):
+    if given and all(path is not None for path in given) and not example.videos:
         return list(given)
     return [str(run / name) for name in save_pictures(run, example)]
 
 
 def save_pictures(run: Path, example: Example) -> list[str]:
-    """Write the pictures, made small enough to look at, and return their names within the run folder."""
-    names = []
-    for number, image in enumerate(example.images):
-        # Ids are data: a hash keeps them from naming places outside the folder.
-        digest = hashlib.sha256(f"{example.id}/{number}".encode() + image.tobytes()).hexdigest()[:16]
-        small = max(image.size) <= LARGEST_SIDE
-        name = f"pictures/{digest}.{'png' if small else 'jpg'}"
-        names.append(name)
-        if not (run / name).exists():
-            if not small:
-                image = image.copy()
-                image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-            image.save(run / name)
-    return names
+    """Write pictures, then frames, small enough to look at, and return their names within the run folder."""
+    frames = [frame for video in example.videos for frame in video]
+    return [
+        *(save_picture(run, f"{example.id}/{n}", image, LARGEST_SIDE) for n, image in enumerate(example.images)),
+        *(save_picture(run, f"{example.id}/frame{n}", frame, LARGEST_FRAME) for n, frame in enumerate(frames)),
+    ]
+
+
+def save_picture(run: Path, origin: str, image: Image.Image, largest_side: int) -> str:
+    """Write one picture if it is not there yet; its name within the run folder."""
+    # Ids are data: a hash keeps them from naming places outside the folder.
+    digest = hashlib.sha256(origin.encode() + image.tobytes()).hexdigest()[:16]
+    small = max(image.size) <= largest_side
+    name = f"pictures/{digest}.{'png' if small else 'jpg'}"
+    if not (run / name).exists():
+        if not small:
+            image = image.copy()
+            image.thumbnail((largest_side, largest_side))
+        image.save(run / name)
+    return name

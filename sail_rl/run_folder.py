@@ -23,7 +23,9 @@ FREE_KEYS = (
     "trainer.transcript_every",
     "trainer.resume",
     "trainer.log_with",
+    "trainer.profile",
     "data.max_bad_rows",
+    "data.workers",
 )
 
 

@@ -39,12 +39,17 @@ class Outcome:
     failed: dict[str, bool]
 
 
-def load_rewards(entries: Sequence[RewardEntry]) -> list[Reward]:
+def load_rewards(entries: Sequence[RewardEntry], thinking: str) -> list[Reward]:
     """The recipe's reward functions; one that cannot be found is the user's mistake."""
     try:
-        return [load_reward(entry.function, entry.name, entry.weight, entry.arguments) for entry in entries]
+        return [load_reward(e.function, e.name, e.weight, arguments_of(e, thinking)) for e in entries]
     except RewardError as error:
         raise BadInput(str(error)) from error
+
+
+def arguments_of(entry: RewardEntry, thinking: str) -> dict[str, Any]:
+    """The entry's own keys; the format reward checks the form that data.thinking asks for unless it names another."""
+    return ({"contract": thinking} if entry.function == "format" else {}) | entry.arguments
 
 
 def try_on_data(run: Run, rewards: Sequence[Reward], engine: RolloutEngine, stream: RowStream[Question]) -> None:

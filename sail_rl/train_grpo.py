@@ -16,13 +16,16 @@ def train(recipe: GrpoRecipe) -> None:
     from sail_rl import checkpoint, scoring
     from sail_rl.advantage import group_advantages
     from sail_rl.batch import idle_group, make_batches
+    from sail_rl.batch_form import choose_form
     from sail_rl.eval import accuracy_now, predictions_once
     from sail_rl.finish import finish_run
-    from sail_rl.launch import check_divisible, record_environment, start_run
+    from sail_rl.launch import check_divisible, record_environment, seed_step, start_run
     from sail_rl.losses import loss_normaliser
     from sail_rl.metrics import MetricsLog, Stopwatch
-    from sail_rl.model.load import image_token_ids, load_model, prepare_for_training
+    from sail_rl.model.load import image_token_ids, load_model, prepare_for_training, starting_policy
     from sail_rl.optimizer import make_optimizer, set_learning_rate
+    from sail_rl.policy import Policy
+    from sail_rl.profiling import Profile, written_groups
     from sail_rl.questions import question_stream
     from sail_rl.transcripts import save_transcript
     from sail_rl.update import make_groups, update_policy
@@ -32,23 +35,23 @@ def train(recipe: GrpoRecipe) -> None:
     keep_all = grpo.beta > 0  # a KL term gives every group a gradient
 
     # The run, its rewards, model and data.
-    rewards = scoring.load_rewards(recipe.rewards)
+    rewards = scoring.load_rewards(recipe.rewards, recipe.data.thinking)
     run = start_run(recipe)
     check_divisible(run, "rollout.prompts_per_step", rollout.prompts_per_step)
     resumed = checkpoint.latest_checkpoint(run.folder)
     policy, processor = load_model(checkpoint.resume_from(recipe.model, resumed), recipe.seed)
-    reference = load_model(recipe.model, recipe.seed)[0].eval() if grpo.beta else None
     stream = question_stream(run, "train", processor)
     eval_stream = question_stream(run, "eval", processor)
+    profile = Profile(run, policy)
     suppressed = image_token_ids(policy, processor)
     idle = idle_group(processor, with_picture=run.shard.world_size > 1)
 
     # Optimizer, engine, and where a resumed run stands.
     prepare_for_training(policy, trainer.gradient_checkpointing)
-    model, optimizer = run.accelerator.prepare(policy, make_optimizer(policy, recipe.optim))
+    model, optimizer = run.accelerator.prepare(Policy(policy), make_optimizer(policy, recipe.optim))
     record_environment(run, model)
-    reference = reference.to(run.accelerator.device) if reference else None
-    progress = checkpoint.load_progress(resumed, optimizer)
+    reference = starting_policy(recipe.model, recipe.seed, policy) if grpo.beta else None
+    progress = checkpoint.load_progress(resumed, policy, optimizer)
     stream.position = progress.data_position
     engine = HFEngine(policy, processor.tokenizer, suppressed, rollout.batch_size)
     engine.load_weights(checkpoint.full_parameters(policy), version=progress.step)
@@ -56,12 +59,16 @@ def train(recipe: GrpoRecipe) -> None:
     before = predictions_once(run, "before", engine, eval_stream)
 
     sampling = Sampling(rollout.max_completion_length, rollout.temperature, seed=recipe.seed)
-    watch = Stopwatch()
+    watch, form = Stopwatch(), None
     try:
         with MetricsLog(run, ["reward", "rewards/accuracy/mean", "completion/length"], progress.step) as log:
             for step in range(progress.step + 1, trainer.max_steps + 1):
-                with watch.phase("rollout"):
+                profile.begin(step)
+                seed_step(run, step)
+                with watch.phase("data"):
                     questions = stream.next_items(rollout.prompts_per_step)
+
+                with watch.phase("rollout"), profile.untraced():
                     rollouts = engine.generate([question.prompt for question in questions], group_size, sampling)
 
                 with watch.phase("reward"):
@@ -73,7 +80,8 @@ def train(recipe: GrpoRecipe) -> None:
                     rewards_N = scoring.reward_tensor(outcomes)
                     advantages = group_advantages(rewards_N, group_size, grpo.scale_rewards)
                     groups = make_groups(questions, rollouts, advantages, run.shard, keep_all)
-                    batches = make_batches(groups, recipe.update.token_budget, idle, run.highest)
+                    form = form or choose_form(run, policy, groups)
+                    batches = make_batches(groups, recipe.update.token_budget, idle, run.highest, form or "padded")
                     scored_lengths = [outcome.length for outcome in outcomes if outcome.reward is not None]
                     normaliser = loss_normaliser(grpo.loss_type, scored_lengths, rollout.max_completion_length)
                     learning_rate = set_learning_rate(optimizer, recipe.optim, step, trainer.max_steps)
@@ -81,6 +89,7 @@ def train(recipe: GrpoRecipe) -> None:
 
                 engine.load_weights(checkpoint.full_parameters(policy), version=step)
                 seconds = watch.take()
+                utilisation = profile.end(step, seconds, groups, written_groups(questions, rollouts))
                 progress = progress.after(
                     step=step,
                     data_position=stream.position,
@@ -91,7 +100,7 @@ def train(recipe: GrpoRecipe) -> None:
                 figures |= scoring.reward_figures(outcomes)
                 figures |= scoring.group_figures(advantages, outcomes, seconds, keep_all)
                 figures |= accuracy_now(run, step, engine, eval_stream)
-                log.write(step, figures | {"learning_rate": learning_rate})
+                log.write(step, figures | utilisation | {"learning_rate": learning_rate})
                 if step in (1, trainer.max_steps) or step % trainer.transcript_every == 0:
                     save_transcript(run, step, questions, rollouts, scores, advantages)
                 if step == trainer.max_steps or step % trainer.save_every == 0:

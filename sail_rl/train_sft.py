@@ -14,12 +14,15 @@ def train(recipe: SftRecipe) -> None:
     from rollouts.hf import HFEngine
     from sail_rl import checkpoint
     from sail_rl.batch import Group, idle_group, make_batches
+    from sail_rl.batch_form import choose_form
     from sail_rl.eval import accuracy_now, predictions_once
     from sail_rl.finish import finish_run
-    from sail_rl.launch import check_divisible, record_environment, start_run
+    from sail_rl.launch import check_divisible, record_environment, seed_step, start_run
     from sail_rl.metrics import MetricsLog, Stopwatch
     from sail_rl.model.load import image_token_ids, load_model, prepare_for_training
     from sail_rl.optimizer import make_optimizer, set_learning_rate
+    from sail_rl.policy import Policy
+    from sail_rl.profiling import Profile
     from sail_rl.questions import question_stream, sample_stream
     from sail_rl.update import update_supervised
 
@@ -32,34 +35,39 @@ def train(recipe: SftRecipe) -> None:
     policy, processor = load_model(checkpoint.resume_from(recipe.model, resumed), recipe.seed)
     stream = sample_stream(run, processor)
     eval_stream = question_stream(run, "eval", processor)
+    profile = Profile(run, policy)
     idle = idle_group(processor, with_picture=run.shard.world_size > 1)
 
     # Optimizer, and where a resumed run stands.
     prepare_for_training(policy, trainer.gradient_checkpointing)
-    model, optimizer = run.accelerator.prepare(policy, make_optimizer(policy, recipe.optim))
+    model, optimizer = run.accelerator.prepare(Policy(policy), make_optimizer(policy, recipe.optim))
     record_environment(run, model)
-    progress = checkpoint.load_progress(resumed, optimizer)
+    progress = checkpoint.load_progress(resumed, policy, optimizer)
     stream.position = progress.data_position
     engine = HFEngine(policy, processor.tokenizer, image_token_ids(policy, processor), trainer.eval_batch_size)
 
-    watch = Stopwatch()
+    watch, form = Stopwatch(), None
     try:
         with MetricsLog(run, ["loss", "token_accuracy"], progress.step) as log:
             for step in range(progress.step + 1, trainer.max_steps + 1):
+                profile.begin(step)
+                seed_step(run, step)
                 with watch.phase("data"):
                     samples = stream.next_items(sft.samples_per_step)
                     groups = [Group(sample.prompt, [sample.target_ids]) for sample in samples]
-                    batches = make_batches(groups, recipe.update.token_budget, idle, run.highest)
+                    form = form or choose_form(run, policy, groups)
+                    batches = make_batches(groups, recipe.update.token_budget, idle, run.highest, form or "padded")
 
                 with watch.phase("update"):
                     learning_rate = set_learning_rate(optimizer, recipe.optim, step, trainer.max_steps)
                     figures = update_supervised(run, model, optimizer, batches)
 
                 seconds = watch.take()
+                utilisation = profile.end(step, seconds, groups)
                 progress = progress.after(
                     step=step, data_position=stream.position, seconds=progress.seconds + sum(seconds.values())
                 )
-                figures |= {"learning_rate": learning_rate, **seconds}
+                figures |= {"learning_rate": learning_rate, **seconds, **utilisation}
                 figures["tokens_per_second"] = figures["tokens/trained"] / sum(seconds.values())
                 log.write(step, figures | accuracy_now(run, step, engine, eval_stream))
                 if step == trainer.max_steps or step % trainer.save_every == 0:

@@ -14,7 +14,8 @@ from sail_rl.advantage import Advantages
 from sail_rl.batch import Group, TrainingBatch
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
-from sail_rl.losses import PolicyTerms, masked_sum, policy_loss, supervised_loss, token_log_probs
+from sail_rl.losses import balance_loss, masked_sum, policy_loss, supervised_loss
+from sail_rl.model.router import experts_per_token, find_routers, recorded_routers
 from sail_rl.questions import Question
 
 
@@ -42,23 +43,6 @@ def make_groups(
     return groups
 
 
-def forward(model, batch: TrainingBatch, temperature: float, suppressed: Sequence[int]) -> PolicyTerms:
-    """Log-probabilities and entropies of the batch's completions, as the sampler saw them."""
-    return token_log_probs(completion_logits(model, batch), batch.completion_ids_BC, temperature, suppressed)
-
-
-def completion_logits(model, batch: TrainingBatch) -> torch.Tensor:
-    """Logits [B, C, V] that predict each token of the completions."""
-    output = model(
-        input_ids=batch.input_ids_BT,
-        attention_mask=batch.attention_mask_BT,
-        logits_to_keep=batch.completion_ids_BC.shape[1] + 1,
-        use_cache=False,
-        **batch.model_inputs,
-    )
-    return output.logits[:, :-1]  # position t predicts token t + 1
-
-
 def update_policy(
     run: Run,
     model,
@@ -72,15 +56,16 @@ def update_policy(
     recipe, device = run.recipe, run.accelerator.device
     grpo, temperature = recipe.grpo, recipe.rollout.temperature
     old_log_probs: dict[int, torch.Tensor] = {}
-    sums = {"loss": 0.0, "tokens": 0.0, "entropy": 0.0, "clipped": 0.0, "kl": 0.0}
-    grad_norm = 0.0
+    sums = {"loss": 0.0, "tokens": 0.0, "entropy": 0.0, "clipped": 0.0, "kl": 0.0, "balance": 0.0, "largest_share": 0.0}
+    grad_norm, read = 0.0, tokens_read(run, batches)
     for _ in range(grpo.num_iterations):
         optimizer.zero_grad()
         for number, batch in enumerate(batches):
             batch = batch.to(device)
-            reference_BC = reference_log_probs(reference, batch, temperature, suppressed)
+            reference_BC = reference_log_probs(run, reference, batch, suppressed)
             with sync_gradients(run, model, last=number == len(batches) - 1):
-                terms = forward(model, batch, temperature, suppressed)
+                with recorded_routers(model) as router_logits:
+                    terms = model(batch, temperature, suppressed)
                 # The first pass is on-policy: its own log-probabilities are the old ones, at no extra cost.
                 old_BC = old_log_probs.setdefault(number, terms.log_probs_BT.detach())
                 loss, batch_sums = policy_loss(
@@ -95,49 +80,82 @@ def update_policy(
                     beta=grpo.beta,
                     reference_log_probs_BT=reference_BC,
                 )
+                balance, routing_sums = balance_term(run, model, router_logits, batch, read)
                 # Distributed wrappers average gradients over processes; the normaliser already counts all of them.
-                run.accelerator.backward(loss * run.shard.world_size)
-            batch_sums |= {"loss": float(loss.detach()), "tokens": float(batch.mask_BC.sum())}
+                run.accelerator.backward((loss + balance) * run.shard.world_size)
+            batch_sums |= routing_sums | {"loss": float(loss.detach()), "tokens": float(batch.mask_BC.sum())}
             batch_sums["entropy"] = masked_sum(terms.entropy_BT, batch.mask_BC)
             sums = {name: total + batch_sums.get(name, 0.0) for name, total in sums.items()}
         grad_norm = float(run.accelerator.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm))
         optimizer.step()
-    return update_figures(run.sum(sums), grpo.num_iterations, grad_norm, with_kl=reference is not None)
+    sums = run.sum(sums)
+    figures = update_figures(sums, grpo.num_iterations, grad_norm, with_kl=reference is not None)
+    return figures | routing_figures(model, sums, grpo.num_iterations)
 
 
 def update_supervised(run: Run, model, optimizer, batches: Sequence[TrainingBatch]) -> dict[str, Any]:
     """One optimizer step of imitation; figures for the log."""
     tokens = run.sum({"tokens": sum(float(batch.mask_BC.sum()) for batch in batches)})["tokens"]
-    sums = {"nll": 0.0, "entropy": 0.0, "right": 0.0}
+    read = tokens_read(run, batches)
+    sums = {"nll": 0.0, "entropy": 0.0, "right": 0.0, "balance": 0.0, "largest_share": 0.0}
     optimizer.zero_grad()
     for number, batch in enumerate(batches):
         batch = batch.to(run.accelerator.device)
         with sync_gradients(run, model, last=number == len(batches) - 1):
-            logits_BCV = completion_logits(model, batch)
-            terms = token_log_probs(logits_BCV, batch.completion_ids_BC)
+            with recorded_routers(model) as router_logits:
+                terms = model(batch)
             loss, batch_sums = supervised_loss(terms.log_probs_BT, batch.mask_BC, normaliser=tokens)
-            run.accelerator.backward(loss * run.shard.world_size)
-        batch_sums["right"] = masked_sum(logits_BCV.argmax(-1) == batch.completion_ids_BC, batch.mask_BC)
+            balance, routing_sums = balance_term(run, model, router_logits, batch, read)
+            run.accelerator.backward((loss + balance) * run.shard.world_size)
+        batch_sums |= routing_sums
+        batch_sums["right"] = masked_sum(terms.likeliest_BT, batch.mask_BC)
         batch_sums["entropy"] = masked_sum(terms.entropy_BT, batch.mask_BC)
-        sums = {name: total + batch_sums[name] for name, total in sums.items()}
+        sums = {name: total + batch_sums.get(name, 0.0) for name, total in sums.items()}
     grad_norm = float(run.accelerator.clip_grad_norm_(model.parameters(), run.recipe.optim.max_grad_norm))
     optimizer.step()
     sums = run.sum(sums)
-    return {
+    figures = {
         "loss": sums["nll"] / tokens,
         "token_accuracy": sums["right"] / tokens,
         "entropy": sums["entropy"] / tokens,
         "grad_norm": grad_norm,
         "tokens/trained": tokens,
     }
+    return figures | routing_figures(model, sums, iterations=1)
 
 
-def reference_log_probs(reference, batch: TrainingBatch, temperature: float, suppressed) -> torch.Tensor | None:
-    """How the starting model sees the same tokens; None without a KL term."""
+def tokens_read(run: Run, batches: Sequence[TrainingBatch]) -> float:
+    """Tokens that the step's completions read, a prompt once for each of them, on all processes."""
+    return run.sum({"read": sum(float(batch.readers_RT.sum()) for batch in batches)})["read"]
+
+
+def balance_term(
+    run: Run, model, router_logits: Sequence[torch.Tensor], batch: TrainingBatch, read: float
+) -> tuple[torch.Tensor | float, dict[str, float]]:
+    """What a mixture of experts adds to the loss, and its sums for the log; nothing for a dense model."""
+    if not router_logits:
+        return 0.0, {}
+    experts = experts_per_token(run.accelerator.unwrap_model(model).model)
+    readers_N, everyone = batch.readers_RT.flatten(), run.accelerator.reduce
+    loss, sums = balance_loss(router_logits, readers_N, experts, max(read, 1.0), everyone)
+    return run.recipe.model.router_aux_loss_coef * loss, sums
+
+
+def routing_figures(model, sums: dict[str, float], iterations: int) -> dict[str, float]:
+    """How evenly a mixture uses its experts: the loss is at best the number of experts per token, and the largest share
+    that an expert has of its layer's work at best one by their number."""
+    if not find_routers(model):
+        return {}
+    names = {"router/balance_loss": "balance", "router/largest_share": "largest_share"}
+    return {name: sums[key] / iterations for name, key in names.items()}
+
+
+def reference_log_probs(run: Run, reference, batch: TrainingBatch, suppressed) -> torch.Tensor | None:
+    """How the starting model sees the same tokens, in the policy's precision; None without a KL term."""
     if reference is None:
         return None
-    with torch.no_grad():
-        return forward(reference, batch, temperature, suppressed).log_probs_BT
+    with torch.no_grad(), run.accelerator.autocast():
+        return reference(batch, run.recipe.rollout.temperature, suppressed).log_probs_BT
 
 
 def sync_gradients(run: Run, model, last: bool):

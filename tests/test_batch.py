@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rollouts import Prompt
-from sail_rl.batch import Group, make_batch, make_batches, padded_tokens, split_by_token_budget
+from sail_rl.batch import Group, make_batch, make_batches, size, split_by_token_budget
 
 
 def picture(tiles=1, value=1.0):
@@ -26,19 +26,26 @@ TEXT_IDLE = Group(Prompt("idle", [7, 8]), [[9]], trained=False)
 
 def test_padded_tokens_is_the_size_of_the_rectangle():
     groups = [group(3, (2, 4)), group(5, (1, 1, 1))]
-    assert padded_tokens(groups) == 5 * (5 + 4)
-    assert padded_tokens(groups) == make_batch(groups).input_ids_BT.numel()
+    assert size(groups, "padded") == 5 * (5 + 4)
+    assert size(groups, "padded") == make_batch(groups).input_ids_RT.numel()
 
 
 @pytest.mark.parametrize("budget", [1, 20, 60, 100, 10_000])
-def test_splitting_keeps_groups_whole_and_the_budget_where_it_can(budget):
+def test_splitting_keeps_the_budget_and_cuts_groups_only_where_it_must(budget):
     lengths = [(3, (5, 5)), (30, (2, 2)), (4, (9, 1)), (3, (6, 5)), (12, (3, 20)), (30, (2, 3))]
     groups = [group(prompt, completions, first_token=10 * i) for i, (prompt, completions) in enumerate(lengths)]
     parts = split_by_token_budget(groups, budget)
-    assert sorted(g.prompt.id for part in parts for g in part) == sorted(g.prompt.id for g in groups)
-    assert all(any(g is original for original in groups) for part in parts for g in part)
-    assert all(len(part) == 1 or padded_tokens(part) <= budget for part in parts)
-    assert len(parts) == {1: 6, 10_000: 1}.get(budget, len(parts))
+    everything = [(g.prompt.id, c, a) for g in groups for c, a in zip(g.completions, g.advantages, strict=True)]
+    found = [
+        (g.prompt.id, c, a) for part in parts for g in part for c, a in zip(g.completions, g.advantages, strict=True)
+    ]
+    assert sorted(found) == sorted(everything)
+    for part in parts:
+        alone = len(part) == 1 and len(part[0].completions) == 1
+        assert alone or size(part, "padded") <= budget
+    whole = [g for part in parts for g in part if len(g.completions) == 2]
+    assert len(whole) == sum(size([g], "padded") <= budget for g in groups)
+    assert len(parts) == {1: 12, 10_000: 1}.get(budget, len(parts))
 
 
 def test_splitting_fills_the_budget_with_groups_of_like_length():
@@ -54,12 +61,12 @@ def test_splitting_fills_the_budget_with_groups_of_like_length():
 
 def test_rows_are_padded_and_masked():
     batch = make_batch([group(2, (1, 3), 10, advantages=[0.5, -0.5]), group(4, (2,), 20, advantages=[2.0])])
-    assert batch.input_ids_BT.tolist() == [
+    assert batch.input_ids_RT.tolist() == [
         [0, 0, 10, 11, 100, 0, 0],
         [0, 0, 10, 11, 100, 101, 102],
         [20, 21, 22, 23, 100, 101, 0],
     ]
-    assert batch.attention_mask_BT.tolist() == [
+    assert batch.attention_mask_RT.tolist() == [
         [0, 0, 1, 1, 1, 0, 0],
         [0, 0, 1, 1, 1, 1, 1],
         [1, 1, 1, 1, 1, 1, 0],
@@ -74,7 +81,7 @@ def test_rows_are_padded_and_masked():
 def test_an_empty_completion_is_a_row_without_trained_tokens():
     batch = make_batch([group(2, (0, 0))])
     assert batch.mask_BC.tolist() == [[0.0], [0.0]]
-    assert batch.attention_mask_BT.tolist() == [[1, 1, 0]] * 2
+    assert batch.attention_mask_RT.tolist() == [[1, 1, 0]] * 2
 
 
 def test_sft_groups_have_no_advantages():
@@ -95,19 +102,19 @@ def test_every_row_has_its_own_pictures():
 def test_moving_a_batch_moves_every_tensor():
     moved = make_batch([group(model_inputs=picture())]).to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 5
+    assert len(tensors) == 8
     assert {t.device.type for t in [*tensors, *moved.model_inputs.values()]} == {"meta"}
 
 
 def test_a_text_batch_gets_the_idle_picture_and_trains_the_same_tokens():
     text, alone = group(4, (2, 3)), make_batch([group(4, (2, 3))])
     (batch,) = make_batches([text], 1000, IDLE)
-    assert batch.input_ids_BT.shape == (3, 7)
-    assert batch.input_ids_BT[2].tolist() == [0, 0, 7, 8, 9, 0, 0]
+    assert batch.input_ids_RT.shape == (3, 7)
+    assert batch.input_ids_RT[2].tolist() == [0, 0, 7, 8, 9, 0, 0]
     assert batch.mask_BC[2].tolist() == [0.0] * 3
-    assert batch.attention_mask_BT[2].tolist() == [0, 0, 1, 1, 1, 0, 0]
+    assert batch.attention_mask_RT[2].tolist() == [0, 0, 1, 1, 1, 0, 0]
     assert batch.model_inputs["pixel_values"].shape == (1, 3, 4, 4)
-    for name in ("input_ids_BT", "attention_mask_BT", "completion_ids_BC", "mask_BC", "advantages_B"):
+    for name in ("input_ids_RT", "attention_mask_RT", "completion_ids_BC", "mask_BC", "advantages_B"):
         assert torch.equal(getattr(batch, name)[:2], getattr(alone, name)), name
 
 
@@ -122,7 +129,7 @@ def test_a_text_batch_gets_the_idle_picture_and_trains_the_same_tokens():
 )
 def test_no_idle_row_where_it_is_not_needed(groups, idle, rows):
     (batch,) = make_batches(groups, 1000, idle)
-    assert len(batch.input_ids_BT) == rows
+    assert len(batch.input_ids_RT) == rows
     assert batch.mask_BC.sum() == 2 * rows
 
 
@@ -135,7 +142,7 @@ def test_every_process_has_as_many_batches(count, others, expected):
         asked.append(number)
         return max(number, others)
 
-    batches = make_batches(groups, 1, IDLE, highest)
+    batches = make_batches(groups, 20, IDLE, highest)
     assert len(batches) == expected
     assert asked == [max(count, 1)]
     assert [float(batch.mask_BC.sum()) for batch in batches] == [8.0] * count + [0.0] * (expected - count)

@@ -141,6 +141,20 @@ def test_parquet_rows(tmp_path, monkeypatch):
         assert examples[1].columns["level"] == 2
 
 
+def test_videos_of_a_parquet_file_stay_undecoded(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Image.new("RGB", (4, 2), RED).save(tmp_path / "a.gif")
+    film = {"bytes": (tmp_path / "a.gif").read_bytes(), "path": "a.gif"}
+    rows = {"question": ["Why?"], "answer": ["1"], "videos": [[film, film]]}
+    typed = datasets.List(datasets.Video())
+    datasets.Dataset.from_dict(rows).cast_column("videos", typed).to_parquet(tmp_path / "a.parquet")
+    opened = open_rows(FileSource(path=str(tmp_path / "a.parquet")), "train", "data.train")
+    assert [video["bytes"] for video in opened.row(0)["videos"]] == [film["bytes"]] * 2
+    example = make_example(opened.row(0), "-", {}, opened.folder)
+    assert [[frame.size for frame in video] for video in example.videos] == [[(4, 2)], [(4, 2)]]
+
+
 NO_ROWS = ["no.jsonl: there is no", "bad.parquet is not", "a.csv: rows come", "a.jsonl: there are no rows"]
 
 

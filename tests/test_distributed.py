@@ -40,9 +40,11 @@ def assert_two_processes(run) -> None:
     assert environment["threads_per_process"] == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-def test_grpo_on_text_and_pictures_equals_one_process(start, mixed_rows, tmp_path):
+@pytest.mark.parametrize("model", ["start", "{random_init: tiny_qwen3_vl}"])
+def test_grpo_on_text_and_pictures_equals_one_process(model, start, mixed_rows, tmp_path):
+    model = str(start) if model == "start" else model
     rewards = f"rewards=[{{function: '{mixed_rows / 'mine.py'}:spread'}}]"
-    common = ["sail_rl/train_grpo.py", "recipes/quickstart.yaml", *SMALL_GRPO, f"model={start}", rewards]
+    common = ["sail_rl/train_grpo.py", "recipes/quickstart.yaml", *SMALL_GRPO, f"model={model}", rewards]
     # In the order of the file, the second process has rows of text alone in every step.
     common += [f"data.train={mixed_rows / 'rows.jsonl'}", "data.shuffle=false", "update.token_budget=300"]
     one = command(*common, f"output_dir={tmp_path / 'one'}")

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import completion_logits
 
 from rollouts import Prompt, Sampling
 from rollouts.hf import HFEngine
 from sail_rl.batch import Group, make_batch
 from sail_rl.model.load import image_token_ids
 from sail_rl.model.tiny import tiny_model, tiny_processor
-from sail_rl.update import completion_logits, forward
+from sail_rl.policy import token_terms
 
 LENGTH = 12
 # Text and sizes of its pictures; the wide one becomes two tiles and a thumbnail.
@@ -57,7 +58,7 @@ def trainer_log_probs(world, prompt, rollouts, temperature):
     """What the update computes for a group's completions: lists of their own lengths."""
     batch = make_batch([Group(prompt, [rollout.token_ids for rollout in rollouts])])
     with torch.no_grad():
-        log_probs_BC = forward(world.model, batch, temperature, world.suppressed).log_probs_BT
+        log_probs_BC = token_terms(world.model, batch, temperature, world.suppressed).log_probs_BT
     return [row[: len(rollout.token_ids)].tolist() for row, rollout in zip(log_probs_BC, rollouts, strict=True)]
 
 

@@ -1,24 +1,23 @@
-"""One row of data, checked and with its pictures decoded: `Example`."""
+"""One row of data, checked and with its pictures and videos decoded: `Example`."""
 
-import io
-import struct
-import zlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-MAX_PIXELS = 178_956_970  # Pillow's own bound; larger pictures are refused before they are decoded
-# What Pillow raises for files that are no pictures, torn ones, and bombs.
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-IMAGE_MARKER = "<image>"
-RESERVED_TEXT = ("<IMG_CONTEXT>", "<img>", "</img>", "<|im_start|>", "<|im_end|>")
+from sail_rl.data.images import BadRow, decode_image
+from sail_rl.data.videos import decode_video
 
-
-class BadRow(Exception):
-    """A row that cannot be used; the text says why and, where it can, what to change."""
+MARKERS = {"<image>": "image", "<video>": "video"}
+DECODED_COLUMNS = ("prompt", "images", "image", "videos", "video")
+RESERVED_TEXT = (
+    *("<IMG_CONTEXT>", "<img>", "</img>"),  # SAIL-VL2, InternVL
+    *("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),  # Qwen-VL
+    *("<|im_start|>", "<|im_end|>"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,16 @@ class Example:
 
     id: str
     messages: list[dict[str, Any]]
-    """The conversation up to the answer; content is a list of `{"type": "image"}` and `{"type": "text"}` parts."""
+    """The conversation up to the answer; content is a list of parts `{"type": "image"}`, `{"type": "video"}` and
+    `{"type": "text", "text": ...}`."""
     images: tuple[Image.Image, ...]
     """Decoded RGB pictures, one for each image part."""
     columns: Mapping[str, Any]
     """What rewards receive: `answer` and every other column of the row, pictures as paths where they have one."""
     conversational: bool
     """The row came as a conversation, so rewards get messages and not strings, as in TRL."""
+    videos: tuple[tuple[Image.Image, ...], ...] = ()
+    """The sampled frames of each video part, RGB."""
 
     @property
     def question(self) -> str:
@@ -42,18 +44,28 @@ class Example:
         return "".join(part["text"] for part in last["content"] if part["type"] == "text")
 
 
-def make_example(row: Mapping[str, Any], default_id: str, columns: Mapping[str, str], folder: Path) -> Example:
-    """Check a raw row and decode its pictures; raises BadRow."""
+def make_example(
+    row: Mapping[str, Any], default_id: str, columns: Mapping[str, str], folder: Path, video_frames: int = 16
+) -> Example:
+    """Check a raw row and decode its pictures and videos; raises BadRow."""
     row = rename_columns(row, columns)
     check_row(row)
-    raw_images = image_column(row)
+    raw_images, raw_videos = image_column(row), video_column(row)
     images = tuple(decode_image(image, folder) for image in raw_images)
-    row_columns = {name: value for name, value in row.items() if name not in ("prompt", "images", "image")}
+    videos = tuple(decode_video(video, folder, video_frames) for video in raw_videos)
+    row_columns = {name: value for name, value in row.items() if name not in DECODED_COLUMNS}
     row_columns["answer"] = answer_text(row)
-    row_columns["images"] = [str(folder / image) if isinstance(image, str) else None for image in raw_images]
-    messages = conversation(row, len(images))
+    row_columns["images"] = paths_of(raw_images, folder)
+    if raw_videos:
+        row_columns["videos"] = paths_of(raw_videos, folder)
+    messages = conversation(row, len(images), len(videos))
     identifier = str(row["id"]) if row.get("id") is not None else default_id
-    return Example(identifier, messages, images, row_columns, conversational=isinstance(row.get("prompt"), list))
+    return Example(identifier, messages, images, row_columns, isinstance(row.get("prompt"), list), videos)
+
+
+def paths_of(given: list[Any], folder: Path) -> list[str | None]:
+    """Files of pictures or videos, for the rewards; None for what came as bytes or pictures."""
+    return [str(folder / entry) if isinstance(entry, str) else None for entry in given]
 
 
 def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -67,11 +79,11 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[s
 
 
 def check_row(row: Mapping[str, Any]) -> None:
-    """What can be seen without decoding a picture: a prompt, an answer, as many pictures as placeholders."""
+    """What can be seen without decoding a picture: a prompt, an answer, a placeholder for each picture and video."""
     if not row.get("prompt") and not row.get("question"):
         raise BadRow("no `question` and no `prompt`; map one with data.columns")
     answer_text(row)
-    conversation(row, len(image_column(row)))
+    conversation(row, len(image_column(row)), len(video_column(row)))
 
 
 def answer_text(row: Mapping[str, Any]) -> str:
@@ -90,13 +102,16 @@ def image_column(row: Mapping[str, Any]) -> list[Any]:
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
-def image_path(image: Any) -> str | None:
-    """The path that a picture came with, if any."""
-    return image.get("path") if isinstance(image, dict) else getattr(image, "filename", None) or None
+def video_column(row: Mapping[str, Any]) -> list[Any]:
+    """The row's videos as a list: `videos` holds several, where `video` is one, which a list gives frame by frame."""
+    videos = row.get("videos")
+    if videos is None:
+        return [] if row.get("video") is None else [row["video"]]
+    return list(videos) if isinstance(videos, list | tuple) else [videos]
 
 
-def conversation(row: Mapping[str, Any], num_images: int) -> list[dict[str, Any]]:
-    """Messages whose content is a list of parts, with exactly one image part for each picture."""
+def conversation(row: Mapping[str, Any], num_images: int, num_videos: int = 0) -> list[dict[str, Any]]:
+    """Messages whose content is a list of parts, with exactly one part for each picture and each video."""
     prompt = row.get("prompt") or row["question"]
     raw = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(raw, list) or not all(
@@ -107,28 +122,32 @@ def conversation(row: Mapping[str, Any], num_images: int) -> list[dict[str, Any]
     users = [message for message in messages if message["role"] == "user"]
     if not users:
         raise BadRow("`prompt` has no user turn")
-    placed = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if placed == 0:
-        # No placeholders: pictures come first, as the models were trained.
-        users[0]["content"] = [{"type": "image"}] * num_images + users[0]["content"]
-    elif placed != num_images:
-        raise BadRow(f"{num_images} images but {placed} image placeholders in the prompt; they must be equal")
+    for kind, count in (("video", num_videos), ("image", num_images)):
+        place_parts(messages, users[0], kind, count)
     return messages
 
 
+def place_parts(messages: list[dict[str, Any]], first_user: dict[str, Any], kind: str, count: int) -> None:
+    """Put pictures (or videos) without placeholders ahead of the text, as the models were trained."""
+    placed = sum(part["type"] == kind for message in messages for part in message["content"])
+    if placed == 0:
+        first_user["content"] = [{"type": kind}] * count + first_user["content"]
+    elif placed != count:
+        raise BadRow(f"{count} {kind}s but {placed} {kind} placeholders in the prompt; they must be equal")
+
+
 def content_parts(content: Any) -> list[dict[str, Any]]:
-    """Text with `<image>` markers, or ready-made parts, as a list of parts."""
+    """Text with `<image>` and `<video>` markers, or ready-made parts, as a list of parts."""
     if isinstance(content, str):
-        pieces = content.split(IMAGE_MARKER)
-        parts = [{"type": "text", "text": pieces[0]}]
-        for piece in pieces[1:]:
-            parts += [{"type": "image"}, {"type": "text", "text": piece.lstrip("\n")}]
-        content = [part for part in parts if part.get("text") != ""]
+        content = marked_parts(content)
     if not isinstance(content, list) or not all(isinstance(part, dict) and "type" in part for part in content):
         raise BadRow("a message's `content` must be text or a list of {type, text} parts")
-    parts = [{"type": "image"} if part["type"] == "image" else part for part in content]
-    if not all(isinstance(part.get("text"), str) for part in parts if part["type"] == "text"):
-        raise BadRow("a part of type text has no `text`")
+    parts = [{"type": part["type"]} if part["type"] in MARKERS.values() else part for part in content]
+    for part in parts:
+        if part["type"] not in ("text", *MARKERS.values()):
+            raise BadRow(f"a part of type {part['type']!r}; text, image and video can be used")
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
+            raise BadRow("a part of type text has no `text`")
     text = "".join(part.get("text") or "" for part in parts)
     reserved = [token for token in RESERVED_TEXT if token in text]
     if reserved:
@@ -136,26 +155,10 @@ def content_parts(content: Any) -> list[dict[str, Any]]:
     return parts
 
 
-def decode_image(image: Any, folder: Path) -> Image.Image:
-    """A path, bytes, `{"bytes", "path"}` or a Pillow image as an upright RGB picture."""
-    name = image if isinstance(image, str) else image_path(image) or "picture"
-    try:
-        picture = open_image(image, folder)
-        if picture.width * picture.height > MAX_PIXELS:
-            raise BadRow(f"image {name} has {picture.width}x{picture.height} pixels; the limit is {MAX_PIXELS}")
-        return ImageOps.exif_transpose(picture).convert("RGB")
-    except IMAGE_ERRORS as error:
-        raise BadRow(f"image {name} cannot be read: {error or type(error).__name__}") from None
-
-
-def open_image(image: Any, folder: Path) -> Image.Image:
-    """The picture with its header read; pixels are read later."""
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, dict):
-        image = image.get("path") if image.get("bytes") is None else image["bytes"]
-    if isinstance(image, bytes):
-        return Image.open(io.BytesIO(image))
-    if not isinstance(image, str):
-        raise BadRow(f"an image is a path, bytes or a picture, not {type(image).__name__}")
-    return Image.open(folder / image)
+def marked_parts(text: str) -> list[dict[str, Any]]:
+    """Cut text at its markers; the line break that a picture brings along is not doubled."""
+    first, *pieces = re.split(f"({'|'.join(MARKERS)})", text)
+    parts = [{"type": "text", "text": first}]
+    for marker, piece in zip(pieces[::2], pieces[1::2], strict=True):
+        parts += [{"type": MARKERS[marker]}, {"type": "text", "text": piece.lstrip("\n")}]
+    return [part for part in parts if part.get("text") != ""]

@@ -64,6 +64,7 @@ class JsonLinesRows:
     def __init__(self, path: Path):
         self.name = str(path)
         self.folder = path.parent
+        self.path = path
         self.file = path.open("rb")
         self.starts = array("q")
         position = 0
@@ -74,6 +75,13 @@ class JsonLinesRows:
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"file": None}  # a worker opens its own, with a place of its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.file = self.path.open("rb")
 
     def row(self, index: int) -> Mapping[str, Any]:
         self.file.seek(self.starts[index])
@@ -87,20 +95,22 @@ class JsonLinesRows:
 
 
 class ArrowRows:
-    """A parquet file or a Hub dataset, memory-mapped by `datasets`; pictures stay undecoded bytes until used."""
+    """A parquet file or a Hub dataset, memory-mapped by `datasets`; pictures and videos stay bytes until used."""
 
     checked_at_start = 500  # their pictures come along, and may be large
 
     def __init__(self, name: str, folder: Path, dataset):
-        from datasets import Image, Sequence
+        from datasets import Image, Sequence, Video
 
         self.name = name
         self.folder = folder
         for column, feature in dataset.features.items():
-            if isinstance(feature, Image):
-                dataset = dataset.cast_column(column, Image(decode=False))
-            elif isinstance(getattr(feature, "feature", None), Image):
-                dataset = dataset.cast_column(column, Sequence(Image(decode=False)))
+            inner = getattr(feature, "feature", None)
+            for kind in (Image, Video):
+                if isinstance(feature, kind):
+                    dataset = dataset.cast_column(column, kind(decode=False))
+                elif isinstance(inner, kind):
+                    dataset = dataset.cast_column(column, Sequence(kind(decode=False)))
         self.dataset = dataset
 
     def __len__(self) -> int:

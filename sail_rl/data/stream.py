@@ -9,8 +9,12 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from sail_rl.command_line import BadInput
-from sail_rl.data.example import IMAGE_ERRORS, BadRow, check_row, image_column, make_example, open_image, rename_columns
+from sail_rl.data.ahead import Ahead, RowLoader
+from sail_rl.data.example import check_row, image_column, rename_columns, video_column
+from sail_rl.data.images import IMAGE_ERRORS, BadRow, open_image
 from sail_rl.data.sources import ENDLESS, Rows
+from sail_rl.data.videos import check_video
+from sail_rl.data.workers import Workers
 
 Item = TypeVar("Item")
 MISTAKES_SHOWN = 20
@@ -32,7 +36,11 @@ class Shard:
 
 
 class RowStream(Generic[Item]):
-    """An endless stream of prepared rows. `position` is all of its state."""
+    """An endless stream of prepared rows. `position` is all of its state.
+
+    With workers, while the trainer uses the items of one call those of the next are prepared: items, order and bad rows
+    are the same as without.
+    """
 
     def __init__(
         self,
@@ -45,8 +53,14 @@ class RowStream(Generic[Item]):
         max_bad_rows: int,
         quarantine_file: Path | None,
         shard: Shard,
+        video_frames: int = 16,
+        workers: Workers | None = None,
+        one_pass: bool = False,
     ):
-        self.rows, self.prepare, self.columns = rows, prepare, columns
+        self.rows, self.columns = rows, columns
+        self.loader = RowLoader(rows, prepare, columns, video_frames)
+        self.ahead = Ahead(workers, self.loader) if workers else None
+        self.one_pass = one_pass  # the next call after the last row begins anew: prepare nothing beyond it
         self.seed, self.shuffle, self.max_bad_rows = seed, shuffle, max_bad_rows
         self.quarantine_file, self.shard = quarantine_file, shard
         self.position = 0
@@ -62,6 +76,8 @@ class RowStream(Generic[Item]):
                 check_row(row)
                 for image in image_column(row):
                     open_image(image, self.rows.folder)
+                for video in video_column(row):
+                    check_video(video, self.rows.folder)
             except (BadRow, *IMAGE_ERRORS) as error:
                 bad.append((index, reason_of(error)))
         self._quarantine(bad)
@@ -72,12 +88,14 @@ class RowStream(Generic[Item]):
         loaded: dict[int, Item] = {}
         while True:
             bad = []
-            for position, index in self.shard.slice(wanted):
-                if position not in loaded:
-                    try:
-                        loaded[position] = self._load(position, index)
-                    except BadRow as error:
-                        bad.append((index, str(error)))
+            missing = [(place, index) for place, index in self.shard.slice(wanted) if place not in loaded]
+            if self.ahead:
+                self.ahead.expect(missing + self._next_call(count))
+            for position, index in missing:
+                try:
+                    loaded[position] = self.ahead.take(position) if self.ahead else self.loader.load(position, index)
+                except BadRow as error:
+                    bad.append((index, str(error)))
             bad = self.shard.gather(bad)
             if not bad:
                 return [loaded[position] for position, _ in self.shard.slice(wanted)]
@@ -85,9 +103,12 @@ class RowStream(Generic[Item]):
             # Every process replaces the same rows, so that all stay at one position.
             wanted = [self._next_index() if index in self.bad_rows else (place, index) for place, index in wanted]
 
-    def _load(self, position: int, index: int) -> Item:
-        example = make_example(self.rows.row(index), self.row_name(index), self.columns, self.rows.folder)
-        return self.prepare(example, position)
+    def _next_call(self, count: int) -> list[tuple[int, int]]:
+        """This process's share of what another call would want if no row turned out to be bad."""
+        position = self.position
+        coming = self.shard.slice([self._next_index() for _ in range(count)])
+        self.position = position
+        return [(place, index) for place, index in coming if not self.one_pass or place < len(self.rows)]
 
     def _next_index(self) -> tuple[int, int]:
         """(position, row number) of the next row that is not known to be bad."""
@@ -104,10 +125,6 @@ class RowStream(Generic[Item]):
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows)))
         return self._order[1]
-
-    def row_name(self, index: int) -> str:
-        """How messages name a row without an id: rows of files count from 1."""
-        return f"row {index + 1}"
 
     def _quarantine(self, bad: list[tuple[int, str]]) -> None:
         """Set rows aside; stop when there are more than `data.max_bad_rows`."""

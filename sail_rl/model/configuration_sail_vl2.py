@@ -1,5 +1,7 @@
 """SAIL-VL2's configuration: InternVL's, with an AIMv2 tower and a Qwen3 language model."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.aimv2.configuration_aimv2 import Aimv2VisionConfig
@@ -11,8 +13,10 @@ class SailVL2Config(InternVLConfig):
     """The same keys as InternVLConfig; `vision_config` stays an AIMv2 one when a checkpoint is loaded again."""
 
     model_type = "sail_vl2"
-    sub_configs = {"text_config": AutoConfig, "vision_config": Aimv2VisionConfig}  # type: ignore[dict-item]  # noqa: RUF012
+    sub_configs = {"text_config": AutoConfig, "vision_config": Aimv2VisionConfig}  # noqa: RUF012
 
+    vision_config: Any = None
+    text_config: Any = None
     vision_feature_select_strategy: str = "full"  # AIMv2 has no class token to drop
     tie_word_embeddings: bool = False
 

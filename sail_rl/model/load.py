@@ -1,39 +1,78 @@
 """A model and its processor, as `model:` in the recipe asks for them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import sail_rl.model  # noqa: F401  (registers SAIL-VL2 with the Auto classes)
 from sail_rl.command_line import BadInput
 from sail_rl.config import ModelSection
 from sail_rl.data.pictures import picture_row
-from sail_rl.model.released_config import is_released, released_processor
+from sail_rl.model.lora import StartingModel, add_adapters
+from sail_rl.model.processing_sail_vl2 import SailVL2Processor
+from sail_rl.model.released_config import released_values
+from sail_rl.model.router import find_routers
 from sail_rl.model.tiny import tiny_model, tiny_processor
+from sail_rl.model.tiny_internvl import tiny_internvl_model, tiny_internvl_processor
+from sail_rl.model.tiny_qwen3_vl import tiny_qwen3_vl_model, tiny_qwen3_vl_processor
+from sail_rl.policy import Policy
 
 # Parts by their names in transformers' vision-language models (InternVL's, Qwen-VL's).
 PARTS = {
-    "tower": ("vision_tower", "visual.blocks", "visual.patch_embed"),
-    "adapter": ("multi_modal_projector", "visual.merger"),
+    "tower": ("vision_tower", "visual.blocks", "visual.patch_embed", "visual.pos_embed"),
+    "adapter": ("multi_modal_projector", "visual.merger", "visual.deepstack_merger_list"),
     "llm": ("language_model", "lm_head"),
+}
+# What model.random_init makes: a processor for a corpus, and a model for a processor.
+TINY: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "tiny": (tiny_processor, tiny_model),
+    "tiny_qwen3_vl": (tiny_qwen3_vl_processor, tiny_qwen3_vl_model),
+    "tiny_internvl": (tiny_internvl_processor, tiny_internvl_model),
 }
 
 
 def load_model(section: ModelSection, seed: int):
     """(model, processor), frozen parts frozen; a checkpoint that cannot be read is the user's mistake."""
     if section.random_init:
-        processor = tiny_processor(picture_corpus(), section.max_tiles or 1)
-        model = tiny_model(processor, seed).to(getattr(torch, section.dtype))
+        make_processor, make_model = TINY[section.random_init]
+        processor = make_processor(picture_corpus())
+        model = make_model(processor, seed).to(getattr(torch, section.dtype))
     else:
         assert section.path is not None
         model, processor = load_checkpoint(section.path, section.dtype)
-        if section.max_tiles:
-            processor.image_processor.max_patches = section.max_tiles
+    set_tiles(processor.image_processor, section)
+    set_resolution(processor.image_processor, section)
     for part in section.freeze:
         freeze(model, part)
+    if section.router_aux_loss_coef and not find_routers(model):
+        raise BadInput(f"model.router_aux_loss_coef: {type(model).__name__} has no mixture of experts; leave it out")
+    if section.lora:
+        add_adapters(model, section.lora, PARTS, str(section.path), seed)
     return model, processor
+
+
+def set_tiles(image_processor, section: ModelSection) -> None:
+    """The recipe's range of tiles, where it names one."""
+    if not (section.min_tiles or section.max_tiles):
+        return
+    if not hasattr(image_processor, "max_patches"):
+        raise BadInput("model.min_tiles, model.max_tiles: this model's processor cuts no tiles; leave them out")
+    low = image_processor.min_patches = section.min_tiles or image_processor.min_patches
+    high = image_processor.max_patches = section.max_tiles or image_processor.max_patches
+    if low > high:
+        raise BadInput(f"model.min_tiles = {low} is more than max_tiles = {high}, which the checkpoint has: set both")
+
+
+def set_resolution(image_processor, section: ModelSection) -> None:
+    """Native size or tiles, where the recipe says which."""
+    if section.any_resolution is None:
+        return
+    if not hasattr(image_processor, "any_resolution"):
+        raise BadInput("model.any_resolution: only SAIL-VL2 has this choice; leave it out")
+    image_processor.any_resolution = section.any_resolution
 
 
 def load_checkpoint(path: str, dtype: str):
@@ -55,11 +94,9 @@ def load_checkpoint(path: str, dtype: str):
 
 
 def load_processor(path: str):
-    """The checkpoint's processor; a released SAIL-VL2 has one in remote code only, so ours takes its place."""
-    values, _ = PreTrainedConfig.get_config_dict(path)
-    if is_released(values):
-        return released_processor(path, values)
-    return AutoProcessor.from_pretrained(path, padding_side="left")
+    """The checkpoint's processor; AutoProcessor would look for a released one's remote code."""
+    kind = SailVL2Processor if released_values(path) else AutoProcessor
+    return kind.from_pretrained(path, padding_side="left")
 
 
 def freeze(model, part: str) -> None:
@@ -69,6 +106,13 @@ def freeze(model, part: str) -> None:
         raise BadInput(f"model.freeze = [{part}]: {type(model).__name__} has no such part")
     for parameter in found:
         parameter.requires_grad_(False)
+
+
+def starting_policy(section: ModelSection, seed: int, model) -> StartingModel | Policy:
+    """The policy that training starts from, on the model's device: loaded once more, or the model without adapters."""
+    if section.lora:
+        return StartingModel(Policy(model))
+    return Policy(load_model(section, seed)[0].eval().to(model.device))
 
 
 def picture_corpus() -> list[str]:
@@ -82,7 +126,9 @@ def picture_corpus() -> list[str]:
 def image_token_ids(model, processor) -> list[int]:
     """Tokens that stand for pictures: a model must never write them, so engine and trainer both rule them out."""
     ids = set(getattr(processor, "image_token_ids", None) or [])
-    ids |= {getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")}
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    # InternVL's video token is known to its tokenizer alone.
+    ids |= {getattr(owner, name, None) for owner in (model.config, processor.tokenizer) for name in names}
     return sorted(token for token in ids if token is not None)
 
 

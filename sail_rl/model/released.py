@@ -5,6 +5,7 @@ Below the language model both layouts use Qwen3's names (of Qwen3-MoE, those of 
 """
 
 import re
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -85,3 +86,13 @@ def to_released(released: str, tensors: list[torch.Tensor]) -> torch.Tensor:
     if is_fused(released):
         return torch.cat(tensors)
     return tensors[0].unsqueeze(0) if released == POSITIONS else tensors[0]
+
+
+def with_native_names(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights under our names, whichever layout they come in."""
+    released_roots = {released.split(".")[0] for released in PREFIXES}
+    for name, tensor in weights:
+        if name.split(".")[0] in released_roots:
+            yield from zip(native_keys(name), to_native(name, tensor), strict=True)
+        else:
+            yield name, tensor

@@ -49,6 +49,13 @@ def is_released(values: dict[str, Any]) -> bool:
     return values.get("model_type") == MODEL_TYPE or ARCHITECTURE in (values.get("architectures") or [])
 
 
+def released_values(name_or_path: str | Path) -> dict[str, Any] | None:
+    """The config.json of a folder or Hub id if it is a released model's, else None."""
+    file = cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False)
+    values = json.loads(Path(file).read_text()) if file else {}
+    return values if is_released(values) else None
+
+
 def added_token_id(name_or_path: str | Path | None, token: str) -> int:
     """A special token's id by its name, from the tokenizer.json of a folder or Hub id."""
     file = name_or_path and cached_file(name_or_path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
@@ -108,7 +115,7 @@ def text_keys(model_type: str) -> list[str]:
 
 def released_config(config: SailVL2Config, tiles: dict[str, int]) -> dict[str, Any]:
     """A released config.json for ours; `tiles` is the processor's range, under the names of TILES."""
-    vision = config.vision_config.to_dict()  # type: ignore[union-attr]
+    vision = config.vision_config.to_dict()
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,

@@ -1,9 +1,9 @@
 """The built-in picture task: drawn on the fly, seeded, no download.
 
-`picture_row(split, index)` is a pure function of its arguments: question, picture, answer, the scene drawn and three
-reasoning traces: terse, wordy, and that of a hasty teacher who answers without a look. No scene is in both splits,
-whatever the seeds, and some combinations of asked values are in validation alone (`novel` rows). Each family module
-holds pure functions: sample a scene, ask about it, draw it.
+`picture_row(split, index)` is a pure function of its arguments: question, picture, answer, the scene drawn, a judgement
+whether it needs reasoning, and three traces: terse, wordy, and that of a hasty teacher who answers without a look. No
+scene is in both splits, whatever the seeds, and some combinations of asked values are in validation alone (`novel`
+rows). Each family module holds pure functions: sample a scene, ask about it, draw it.
 """
 
 import random
@@ -28,6 +28,10 @@ FAMILIES: dict[str, Family] = {
 }
 SPLITS, LEVELS, STEPS = ("train", "validation"), (1, 2, 3), ("direct", "two_step")
 Turn = tuple[str, int, str, tuple[str, ...]]  # family, level, step, forms
+JUDGEMENTS = {
+    "direct": "One look at the picture tells, so no reasoning is needed.",
+    "two_step": "What I see must be put together, so reasoning is needed.",
+}
 NOVEL_EVERY = 20  # validation rows 19, 39, 59, ... ask about kept combinations where they are two-step questions
 TRIES = 5000  # a draw is accepted with a chance of about 1 in 10 at worst, so this is never reached
 
@@ -82,6 +86,7 @@ def question_row(
         "options": list(question.options) if question.options else None,
         "difficulty": level,
         "needs_thinking": step == "two_step",
+        "judgement": JUDGEMENTS[step],
         "reasoning": question.reasoning,
         "reasoning_wordy": question.wordy,
         "reasoning_hasty": f"I need no closer look: it is {guess}.",

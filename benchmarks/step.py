@@ -1,0 +1,126 @@
+"""A whole GRPO step, rollouts and rewards included: ours against TRL 1.16's GRPOTrainer, both with HF generate.
+
+    python benchmarks/step.py [--short] [--curve] [--json PATH]
+
+Two tasks: the quickstart's pictures from its SFT start, and long prompts with a larger, random model. `--curve` instead
+trains the quickstart with both, on three seeds, and compares greedy accuracy on 300 unseen questions over the number of
+rollouts. SFT starts and finished runs are kept in runs/benchmarks, so it can be stopped and run again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import SHORT_RESULTS, machine, markdown, prepare_process, results_file, save
+from benchmarks.quickstart_runs import sft_start
+
+ROUNDS, SHORT_ROUNDS = 5, 1
+SEEDS, SHORT_SEEDS = (0, 1, 2), (0,)
+EVEN_TOKENS = str(Path(__file__).with_name("even_tokens.py")) + ":even_tokens"
+LONG_PROMPT, LONG_COMPLETION, LONG_PROMPTS = 512, 64, 2
+
+
+def main() -> None:
+    """Phases of a step, or the learning curves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="one round; with --curve one seed and few steps")
+    parser.add_argument("--curve", action="store_true", help="accuracy over rollouts instead of seconds per step")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    prepare_process()
+    result: dict[str, Any] = {"machine": machine()}
+    if arguments.curve:
+        from benchmarks.learning_curve import curve, curve_table
+
+        result["rows"] = curve(SHORT_SEEDS if arguments.short else SEEDS, arguments.short)
+        save(arguments.json or results_file("curve", arguments.short), result, curve_table(result["rows"]))
+        return
+    rounds = SHORT_ROUNDS if arguments.short else ROUNDS
+    result["rows"] = [
+        measure(name, make_task(arguments.short), rounds)
+        for name, make_task in (("pictures", picture_task), ("long prompts", long_task))
+    ]
+    save(arguments.json or results_file("step", arguments.short), result, phase_table(result["rows"]))
+
+
+def measure(name: str, task, rounds: int) -> dict[str, Any]:
+    """Median seconds of each phase, both sides in turn."""
+    from benchmarks.full_step import median_phases, our_side, total, trl_side
+
+    print(f"{name}: {rounds} rounds after one for warming up", flush=True)
+    sides = {"ours": our_side(task), "trl": trl_side(task)}
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for number in range(rounds + 1):
+        for side, step in sides.items():
+            phases = step()
+            print(f"{side}: { {phase: round(seconds, 2) for phase, seconds in phases.items()} }", flush=True)
+            if number:
+                runs[side].append(phases)
+    medians = {side: median_phases(steps) for side, steps in runs.items()}
+    ratio = {phase: medians["trl"][phase] / medians["ours"][phase] for phase in medians["ours"]}
+    whole = total(medians["trl"]) / total(medians["ours"])
+    rollouts = task.recipe.rollout.prompts_per_step * task.recipe.rollout.num_generations
+    return {"task": name, "rollouts": rollouts, "seconds": medians, "ratio": ratio, "ratio_vs_trl": whole}
+
+
+def picture_task(short: bool):
+    """The quickstart, after its SFT."""
+    from benchmarks.full_step import Task
+    from sail_rl.command_line import load_recipe
+    from sail_rl.config import GrpoRecipe
+    from sail_rl.model.load import load_model
+
+    overrides = [f"model={sft_start(0, short)}", f"output_dir={SHORT_RESULTS / 'pictures'}"]
+    recipe = load_recipe(GrpoRecipe, Path("recipes/quickstart.yaml"), overrides)
+    model, processor = load_model(recipe.model, recipe.seed)
+    return Task(recipe, model, processor, recipe.rollout.prompts_per_step * recipe.rollout.num_generations)
+
+
+def long_task(short: bool):
+    """Prompts of 512 tokens, completions of 64, two groups of eight a step, on the model of update.py."""
+    from benchmarks.full_step import Task
+    from benchmarks.scaled_model import GROUP, Cell, make_world
+    from sail_rl.config import GrpoRecipe
+
+    world = make_world(Cell(LONG_PROMPT, LONG_COMPLETION, groups=8))
+    folder = SHORT_RESULTS / "long"
+    rollout = {"prompts_per_step": LONG_PROMPTS, "num_generations": GROUP, "max_completion_length": LONG_COMPLETION}
+    recipe = GrpoRecipe.model_validate(
+        {
+            "output_dir": str(folder),
+            "model": {"random_init": "tiny"},  # not read: the model is made here
+            "data": {"train": {"source": "file", "path": str(write_rows(world, folder))}, "thinking": "direct"},
+            "rollout": rollout,
+            "rewards": [{"function": EVEN_TOKENS}],
+            "trainer": {"max_steps": 1},
+        }
+    )
+    return Task(recipe, world.model, world.processor, GROUP)
+
+
+def write_rows(world, folder: Path) -> Path:
+    """The prompts as a user's data: pictures and a .jsonl file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (prompt, question) in enumerate(zip(world.prompts, world.questions, strict=True)):
+        prompt.images[0].save(folder / f"{number}.png")
+        lines.append(json.dumps({"question": question, "images": [f"{number}.png"], "answer": "0"}))
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "rows.jsonl"
+
+
+def phase_table(rows: list[dict[str, Any]]) -> str:
+    """Seconds by phase."""
+    flat = [
+        {"task": row["task"], "side": side, **phases, "step": sum(phases.values())}
+        for row in rows
+        for side, phases in row["seconds"].items()
+    ]
+    ratios = [{"task": row["task"], "side": "TRL / ours", **row["ratio"], "step": row["ratio_vs_trl"]} for row in rows]
+    columns = {name: name for name in ("task", "side", "rollout", "reward", "update", "step")}
+    return f"Median seconds of one GRPO step.\n\n{markdown([*flat, *ratios], columns)}"
+
+
+if __name__ == "__main__":
+    main()

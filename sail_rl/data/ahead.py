@@ -1,0 +1,51 @@
+"""Rows on their way from a source to the trainer: how one is prepared, and which are prepared ahead of need."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from sail_rl.data.example import make_example
+from sail_rl.data.sources import Rows
+from sail_rl.data.workers import Workers
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class RowLoader(Generic[Item]):
+    """Prepares rows, here or in a worker. What it gives depends on position and row alone, not on when it is asked."""
+
+    rows: Rows
+    prepare: Callable[[Any, int], Item]
+    """From an example and its position to the item."""
+    columns: dict[str, str]
+    video_frames: int
+
+    def load(self, position: int, index: int) -> Item:
+        """The item of a row, its pictures decoded; raises BadRow."""
+        row = self.rows.row(index)
+        example = make_example(row, f"row {index + 1}", self.columns, self.rows.folder, self.video_frames)
+        return self.prepare(example, position)
+
+
+class Ahead(Generic[Item]):
+    """Items that workers prepare, by position. Not state: whatever is forgotten here is prepared again when needed."""
+
+    def __init__(self, workers: Workers, loader: RowLoader[Item]):
+        self._workers = workers
+        self._source = workers.add(loader.rows.name, loader)
+        self._coming: dict[int, Future] = {}
+
+    def expect(self, places: Sequence[tuple[int, int]]) -> None:
+        """Have these (position, row number) prepared, first ones first, and forget all others."""
+        wanted = dict(places)
+        for position in self._coming.keys() - wanted.keys():
+            self._coming.pop(position).cancel()
+        for position, index in wanted.items():
+            if position not in self._coming:
+                self._coming[position] = self._workers.submit(self._source, position, index)
+
+    def take(self, position: int) -> Item:
+        """The item of an expected position, waited for; raises what preparing it has raised."""
+        return self._coming.pop(position).result()

@@ -1,0 +1,116 @@
+"""Attention within a row of segments: completions of one group read their prompt, which is computed once.
+
+It is registered with transformers as an attention implementation, so the models' own code runs unchanged. A call
+without segments is plain SDPA.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+ATTENTION = "sail_rl_segments"
+NO_MASK = torch.zeros(1, 1, 1, 1)  # a mask of four axes is taken for ready-made; segments need none
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The segments of a row: their lengths, and the number of the segment that each reads first, or None."""
+
+    lengths: tuple[int, ...]
+    prefixes: tuple[int | None, ...]
+    masks: dict[tuple, torch.Tensor] = field(default_factory=dict, compare=False)
+    """Made once for all layers."""
+
+    def mask(self, length: int, prefix_length: int, like: torch.Tensor) -> torch.Tensor:
+        """[length, prefix + length]: all of the prefix, and causally the segment itself."""
+        key = (length, prefix_length, like.dtype, like.device)
+        if key not in self.masks:
+            hidden = torch.ones(length, prefix_length + length, dtype=torch.bool, device=like.device)
+            mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+            self.masks[key] = mask.masked_fill(hidden.triu(prefix_length + 1), -torch.inf)
+        return self.masks[key]
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: [1, heads, T, width] to [1, T, heads, width]."""
+    if layout is None:
+        mask = attention_mask
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+    # One split each: its backward is one concatenation, where slices would each fill a row of zeros.
+    queries, keys, values = (tensor.split(layout.lengths, dim=2) for tensor in (query, key, value))
+    grouped: Any = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
+    outputs = []
+    for q, k, v, prefix in zip(queries, keys, values, layout.prefixes, strict=True):
+        if prefix is None:
+            outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, **grouped))
+            continue
+        k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
+        length, both = q.shape[2], k.shape[2]
+        # CUDA has a kernel for causality from the lower right corner; elsewhere the mask is spelled out.
+        mask = causal_lower_right(length, both) if q.is_cuda else layout.mask(length, both - length, q)
+        outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **grouped))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, segment_attention)
+AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def use_segments(model) -> None:
+    """Let the language model read rows of segments; its other calls stay what they were."""
+    model.set_attn_implementation({"text_config": ATTENTION})
+
+
+def obstacle(model) -> str | None:
+    """Why rows of segments would not be computed exactly with this model; None if they are."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    if kinds:
+        return f"its layers are of the kind {', '.join(sorted(kinds))}"
+    if getattr(config, "attention_dropout", 0):
+        return f"its attention_dropout is {config.attention_dropout}"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return f"its sliding_window is {config.sliding_window}"
+    if any("sinks" in name for name, _ in model.named_parameters()):
+        return "its attention has sinks"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "its pictures attend in both directions"
+    return None
+
+
+def layout_of(segments: Sequence[Any]) -> Layout:
+    """What attention needs of a row's segments."""
+    return Layout(tuple(segment.length for segment in segments), tuple(segment.prefix for segment in segments))
+
+
+def segment_positions(starts: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Positions of a row [axes, T]: given for the segments that read nothing first, joined; counted on for the others.
+
+    On every axis a completion goes on one after the highest of its prompt, as text after pictures does (M-RoPE).
+    """
+    heads = iter(starts.split([n for n, p in zip(layout.lengths, layout.prefixes, strict=True) if p is None], dim=1))
+    parts: list[torch.Tensor] = []
+    for length, prefix in zip(layout.lengths, layout.prefixes, strict=True):
+        if prefix is None:
+            parts.append(next(heads))
+        else:
+            count = torch.arange(1, length + 1, device=starts.device) + parts[prefix].max()
+            parts.append(count.expand(starts.shape[0], -1))
+    return torch.cat(parts, dim=1)

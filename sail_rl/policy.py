@@ -1,0 +1,93 @@
+"""The model as the losses see it: log-probabilities and entropies of the completions of a batch.
+
+Hidden states are computed for the whole row, logits only where a completion's token is predicted, and a few at a time.
+Suffixes: _R rows, _T tokens of a row, _B completions, _C tokens of a completion, _N predicted tokens, _D width, _V
+vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from rollouts.inputs import PICTURE_INPUTS, TOKEN_INPUTS, position_ids
+from sail_rl.batch import TrainingBatch
+from sail_rl.losses import PolicyTerms, token_log_probs
+from sail_rl.model.prefix_sharing import NO_MASK, Layout, layout_of, obstacle, segment_positions, use_segments
+
+LOGITS_AT_ONCE = 2**25  # 128 MiB in float32; more are computed in parts, and again for the gradient
+
+
+class Policy(nn.Module):
+    """What is trained, in the form that distributed wrappers need: one call is one forward pass."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        if obstacle(model) is None:
+            use_segments(model)
+
+    def forward(self, batch: TrainingBatch, temperature: float = 1.0, suppressed: Sequence[int] = ()) -> PolicyTerms:
+        return token_terms(self.model, batch, temperature, suppressed)
+
+
+def token_terms(model, batch: TrainingBatch, temperature: float = 1.0, suppressed: Sequence[int] = ()) -> PolicyTerms:
+    """[B, C] terms of the completions' tokens as the sampler saw them; 0 beyond their ends."""
+    hidden_ND = hidden_states(model, batch).flatten(0, 1)[batch.predictors_N]
+    tokens_N = batch.completion_ids_BC.flatten()[batch.places_N]
+    terms = terms_in_parts(model.get_output_embeddings(), hidden_ND, tokens_N, temperature, suppressed)
+    zeros_BC = torch.zeros(batch.mask_BC.shape, device=hidden_ND.device)
+    placed = (zeros_BC.flatten().index_put((batch.places_N,), values_N.float()).view_as(zeros_BC) for values_N in terms)
+    log_probs_BC, entropy_BC, likeliest_BC = placed
+    return PolicyTerms(log_probs_BC, entropy_BC, likeliest_BC)
+
+
+def hidden_states(model, batch: TrainingBatch) -> torch.Tensor:
+    """[R, T, D] of the last layer."""
+    if not batch.segments:
+        inputs: dict[str, Any] = {"attention_mask": batch.attention_mask_RT, **batch.model_inputs}
+    else:
+        layout = layout_of(batch.segments)
+        pictures = {name: tensor for name, tensor in batch.model_inputs.items() if name in PICTURE_INPUTS}
+        mask, positions = NO_MASK.to(batch.input_ids_RT.device), row_positions(model, batch, layout)
+        inputs = {"attention_mask": mask, "position_ids": positions, "layout": layout, **pictures}
+    return model.base_model(input_ids=batch.input_ids_RT, use_cache=False, **inputs).last_hidden_state
+
+
+def row_positions(model, batch: TrainingBatch, layout: Layout) -> torch.Tensor:
+    """Positions of a row of segments: [1, T], or [3, 1, T] where the model counts time, height and width apart."""
+    of_heads = torch.tensor([prefix is None for prefix in layout.prefixes])
+    lengths_K = torch.tensor(layout.lengths)[of_heads]
+    in_heads_T = of_heads.repeat_interleave(torch.tensor(layout.lengths)).to(batch.input_ids_RT.device)
+
+    def heads(row_1T: torch.Tensor) -> torch.Tensor:
+        """The segments that read nothing first, as rows padded on the right."""
+        return pad_sequence(list(row_1T[0, in_heads_T].split(lengths_K.tolist())), batch_first=True)
+
+    tokens = {name: heads(batch.model_inputs[name]) for name in TOKEN_INPUTS if name in batch.model_inputs}
+    mask_KP = heads(batch.attention_mask_RT)
+    positions = position_ids(model, heads(batch.input_ids_RT), mask_KP, batch.model_inputs | tokens)
+    starts_AT = positions.reshape(-1, *mask_KP.shape)[:, mask_KP.bool()]
+    row_AT = segment_positions(starts_AT, layout)
+    return row_AT if positions.ndim == 2 else row_AT[:, None]
+
+
+def terms_in_parts(
+    head: nn.Module, hidden_ND: torch.Tensor, tokens_N: torch.Tensor, temperature: float, suppressed: Sequence[int]
+) -> list[torch.Tensor]:
+    """Log-probability and entropy of each token, and whether it is the likeliest."""
+
+    def of_part(part_ND: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        terms = token_log_probs(head(part_ND), tokens, temperature, suppressed)
+        return terms.log_probs_BT, terms.entropy_BT, terms.likeliest_BT
+
+    vocabulary = head.weight.shape[0]  # type: ignore[index]
+    at_once = max(1, LOGITS_AT_ONCE // int(vocabulary))
+    if len(tokens_N) <= at_once:
+        return list(of_part(hidden_ND, tokens_N))
+    parts = zip(hidden_ND.split(at_once), tokens_N.split(at_once), strict=True)
+    found = [checkpoint(of_part, *part, use_reentrant=False) for part in parts]
+    return [torch.cat(values) for values in zip(*found, strict=True)]

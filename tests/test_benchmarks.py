@@ -1,0 +1,154 @@
+"""The benchmarks on a model of a few thousand weights: both sides do equal work, and every cell is in the result."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from tiny_models import completion_logits
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import contestants, memory, scaled_model, step, update
+from benchmarks.common import Timing, markdown, medians
+from benchmarks.flops import costs_of, tower_share, work_of
+from sail_rl.batch import Group, make_batch
+from sail_rl.model.sizes import sail_vl2_config
+
+pytestmark = pytest.mark.usefixtures("one_thread", "few_weights")
+CELLS = ((256, 8), (384, 5))
+
+
+@pytest.fixture
+def few_weights(monkeypatch):
+    """The scaled-down model, scaled down further."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 512}
+    monkeypatch.setattr(scaled_model, "VISION", scaled_model.VISION | vision)
+    monkeypatch.setattr(scaled_model, "TEXT", scaled_model.TEXT | text)
+    monkeypatch.setattr(scaled_model, "VOCABULARY", 512)
+
+
+def test_update_gives_every_cell(monkeypatch, tmp_path):
+    """The whole command; memory is measured in this process."""
+    monkeypatch.setattr(update, "CELLS", CELLS)
+    monkeypatch.setattr(update, "ROUNDS", 1)
+    monkeypatch.setattr(memory, "peak_in_own_process", lambda *cell: memory.measure(*cell) / memory.MEGABYTE)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(sys, "argv", ["update.py", "--json", str(tmp_path / "update.json")])
+    update.main()
+    result = json.loads((tmp_path / "update.json").read_text())
+    assert [(row["prompt"], row["completion"]) for row in result["rows"]] == list(CELLS)
+    for row in result["rows"]:
+        assert row["seconds"].keys() == row["cpu_seconds"].keys() == set(contestants.VARIANTS)
+        assert row["ratio_vs_trl"] == pytest.approx(row["seconds"]["trl"] / row["seconds"]["shared"])
+        assert row["theory_vs_trl"] > row["theory_vs_packed"] > 4
+        assert 0 < row["memory_ratio"] < 2
+    lines = (tmp_path / "update.md").read_text().splitlines()
+    assert [line.split(" | ")[:2] for line in lines if line.startswith(("| 256", "| 384"))] == 2 * [
+        [f"| {prompt}", str(completion)] for prompt, completion in CELLS
+    ]
+    assert "per_device_train_batch_size" in "".join(lines)
+
+
+def test_equal_work_with_several_groups():
+    """Each side cuts the step into micro-batches of its own; prompts and completions are as long as was asked."""
+    world = scaled_model.make_world(scaled_model.Cell(256, 8, groups=2))
+    assert [len(prompt.token_ids) for prompt in world.prompts] == [256, 256]
+    assert len(world.rollouts) == 16
+    assert (min(world.lengths), max(world.lengths)) == (3, 8)
+    sides = {name: contestants.make_contestant(name, world) for name in ("trl", "padded")}
+    outcomes = {name: side.step() for name, side in sides.items()}
+    assert outcomes["trl"].grad_norm > 0.01
+    assert contestants.check_equal_work(sides, outcomes)["padded"] < 1e-5
+
+
+def test_unequal_work_is_refused():
+    """A side that trains on other rewards, and one whose numbers agree but not its gradient."""
+    world = scaled_model.make_world(scaled_model.Cell(256, 4))
+    other = copy.copy(world)
+    object.__setattr__(other, "rewards_N", world.rewards_N.flip(0))
+    sides = {name: contestants.make_contestant(name, side) for name, side in (("trl", world), ("padded", other))}
+    outcomes = {name: side.step() for name, side in sides.items()}
+    with pytest.raises(RuntimeError, match="unequal work"):
+        contestants.check_equal_work(sides, outcomes)
+    with pytest.raises(RuntimeError, match="unequal work"):
+        contestants.check_equal_work(sides, outcomes | {"padded": outcomes["trl"]})
+
+
+def test_flops_are_those_that_torch_counts():
+    """Of a padded batch, whose attention computes the whole square."""
+    world = scaled_model.make_world(scaled_model.Cell(256, 8))
+    batch = make_batch([Group(world.prompts[0], [rollout.token_ids for rollout in world.rollouts])])
+    world.model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        completion_logits(world.model, batch)
+    work = work_of("padded", 256, world.lengths, world.tiles)
+    square = len(world.lengths) * batch.input_ids_RT.shape[1] ** 2
+    costs = costs_of(world.model.config)
+    expected = work.flops(costs) + (square - work.pairs) * costs.pair
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+def test_theory_by_hand():
+    """One tile; a prompt of 10 tokens; completions of 2 and 4."""
+    shared, packed, padded, trl = (work_of(name, 10, [2, 4], 1) for name in ("shared", "packed", "padded", "trl"))
+    assert (shared.tiles, shared.tokens, shared.pairs, shared.scored) == (1, 16, 55 + 23 + 50, 6)
+    assert (packed.tiles, packed.tokens, packed.pairs, packed.scored) == (2, 26, 78 + 105, 6)
+    assert (padded.tiles, padded.tokens, padded.pairs, padded.scored) == (2, 28, 105 + 105, 10)
+    assert (trl.tiles, trl.tokens, trl.pairs, trl.scored) == (2, 28, 105 + 105, 26)
+    assert tower_share(sail_vl2_config("2b")) == pytest.approx(2.1, abs=0.05)
+
+
+def test_the_scaled_model_has_the_share_of_the_2b(monkeypatch):
+    monkeypatch.undo()
+    config = scaled_model.scaled_config(scaled_model.scaled_processor())
+    assert tower_share(config) == pytest.approx(tower_share(sail_vl2_config("2b")), rel=0.05)
+
+
+def test_memory_grows_with_the_batch():
+    few, many = (memory.measure("padded", 256, completion) for completion in (8, 256))
+    assert few < many
+
+
+def test_medians_and_tables():
+    runs = {"trl": [Timing(9.0, 1.0), Timing(1.0, 3.0), Timing(2.0, 2.0)], "shared": [Timing(1.0, 1.0)]}
+    assert medians(runs, "wall") == {"trl": 2.0, "shared": 1.0}
+    assert medians(runs, "cpu") == {"trl": 2.0, "shared": 1.0}
+    assert update.ratios({"trl": 6.0, "shared": 2.0}, "ratio") == {"ratio_vs_trl": 3.0, "ratio_vs_packed": None}
+    assert update.ratios({"trl": 6.0, "shared": 2.0, "packed": 5.0}, "ratio")["ratio_vs_packed"] == 2.5
+    assert markdown([{"a": 1.234, "b": None}], {"a": "first", "b": "second"}).splitlines()[-1] == "| 1.23 | - |"
+
+
+def test_a_whole_step_of_both_sides(monkeypatch, tmp_path):
+    """The long prompts, from pictures in files to the optimizer step."""
+    monkeypatch.setattr(step, "SHORT_RESULTS", tmp_path)
+    monkeypatch.setattr(step, "LONG_PROMPT", 256)
+    monkeypatch.setattr(step, "LONG_COMPLETION", 4)
+    row = step.measure("long prompts", step.long_task(short=True), rounds=2)
+    assert row["rollouts"] == 16
+    for phases in row["seconds"].values():
+        assert phases.keys() == {"rollout", "reward", "update"}
+        assert min(phases.values()) > 0
+    seconds = {side: sum(phases.values()) for side, phases in row["seconds"].items()}
+    assert row["ratio_vs_trl"] == pytest.approx(seconds["trl"] / seconds["ours"])
+    lines = step.phase_table([row]).splitlines()
+    assert [line.split(" | ")[1] for line in lines[-3:]] == ["ours", "trl", "TRL / ours"]
+
+
+@pytest.mark.slow
+@pytest.mark.slow
+def test_learning_curves(monkeypatch, tmp_path, start):
+    """Both training loops, from one checkpoint, evaluated at the same numbers of rollouts."""
+    from benchmarks import learning_curve
+
+    monkeypatch.setattr(learning_curve, "EVAL_EVERY", 1)
+    monkeypatch.setattr(learning_curve, "SHORT_RESULTS", tmp_path)
+    monkeypatch.setattr(learning_curve, "SHORT_STEPS", 2)
+    monkeypatch.setattr(learning_curve, "sft_start", lambda seed, short: start)
+    points = learning_curve.curve([3], short=True)
+    assert [point["rollouts"] for point in points] == 2 * [0, 128, 256]
+    assert [point["side"] for point in points] == 3 * ["ours"] + 3 * ["trl"]
+    assert points[0]["accuracy"] == points[3]["accuracy"]  # the same model, questions and judge
+    assert learning_curve.curve([3], short=True) == points  # from the files
+    assert "| 256 |" in learning_curve.curve_table(points)

@@ -1,0 +1,186 @@
+"""Rows of segments are exact: log-probabilities and every gradient are those of padded rows, for every family."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from families import FAMILIES, make_world
+from tiny_models import groups as questions_of_mixture
+from tiny_models import mixture, processor_for_questions
+
+from rollouts import Prompt
+from sail_rl.batch import Group, Segment, make_batch, make_batches, pack, size
+from sail_rl.model import prefix_sharing
+from sail_rl.model.load import prepare_for_training
+from sail_rl.model.prefix_sharing import Layout, obstacle, segment_attention
+from sail_rl.policy import Policy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+# Of each question: ragged, of one token, empty.
+LENGTHS = [(5, 1, 9), (3, 3), (1, 0, 7, 2), (4,), (6, 2)]
+
+
+def ragged_groups(prompts, vocabulary):
+    """Completions of random text for each prompt, with advantages."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Group(
+            prompt,
+            [torch.randint(10, vocabulary, (length,), generator=generator).tolist() for length in lengths],
+            torch.randn(len(lengths), generator=generator).tolist(),
+        )
+        for prompt, lengths in zip(prompts, LENGTHS, strict=False)
+    ]
+
+
+def log_probs_and_gradients(model, groups, form, budget=10**6):
+    """Of a loss that weighs every token differently, in one or more micro-batches."""
+    policy, idle = Policy(model), Group(groups[0].prompt, [[10]], trained=False)
+    model.zero_grad()
+    found = {}
+    for batch in make_batches(groups, budget, idle, form=form):
+        terms = policy(batch, 0.8, (5,))
+        weights_BC = batch.advantages_B[:, None] * torch.arange(1, batch.mask_BC.shape[1] + 1)
+        (terms.log_probs_BT * weights_BC * batch.mask_BC).sum().backward()
+        for tokens, mask, values in zip(batch.completion_ids_BC, batch.mask_BC, terms.log_probs_BT, strict=True):
+            key = tuple(tokens[mask.bool()].tolist())
+            found[key] = values[mask.bool()].detach()
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return found, gradients
+
+
+def assert_same(ours, theirs, tolerance=2e-5):
+    """Log-probabilities within 5e-6, each gradient within a share of its largest entry."""
+    assert ours[0].keys() == theirs[0].keys()
+    for key, expected in theirs[0].items():
+        torch.testing.assert_close(ours[0][key], expected, rtol=0, atol=5e-6)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, expected in theirs[1].items():
+        assert (ours[1][name] - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-3), name
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, "mixture of experts"])
+def case(request):
+    """(model, groups) of a family."""
+    if request.param == "mixture of experts":
+        processor = processor_for_questions()
+        prompts = [group.prompt for group in questions_of_mixture(processor)]
+        return mixture(processor), ragged_groups(prompts, 250)
+    world = make_world(request.param)
+    return world.model, ragged_groups(world.prompts, 250)
+
+
+@pytest.fixture(scope="module")
+def padded(case):
+    return log_probs_and_gradients(*case, "padded")
+
+
+@pytest.mark.parametrize("form", ["packed", "shared"])
+def test_rows_of_segments_equal_padded_rows(case, padded, form):
+    model, groups = case
+    assert_same(log_probs_and_gradients(model, groups, form), padded)
+    # Micro-batches that cut groups apart.
+    assert_same(log_probs_and_gradients(model, groups, form, budget=60), padded)
+
+
+def test_gradient_checkpointing_and_parts_of_logits_change_nothing(case, padded, monkeypatch):
+    model, groups = case
+    monkeypatch.setattr("sail_rl.policy.LOGITS_AT_ONCE", 7 * model.get_output_embeddings().weight.shape[0])
+    prepare_for_training(model, gradient_checkpointing=True)
+    try:
+        assert_same(log_probs_and_gradients(model, groups, "shared"), padded)
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
+
+
+def test_pictures_are_read_once_for_a_group(case):
+    group = next(group for group in case[1] if group.prompt.model_inputs and len(group.completions) > 1)
+    tiles = len(group.prompt.model_inputs["pixel_values"])
+    counts = {form: len(make_batch([group], form).model_inputs["pixel_values"]) for form in ("shared", "packed")}
+    assert counts == {"shared": tiles, "packed": tiles * len(group.completions)}
+
+
+def test_a_completion_sees_nothing_of_the_others(case):
+    """Another completion in its group changes no bit of its log-probabilities."""
+    model, groups = case
+    group = groups[0]
+    others = replace(group, completions=[group.completions[0], [11] * len(group.completions[1]), [12] * 9])
+    with torch.no_grad():
+        ours, theirs = (Policy(model)(make_batch([one], "shared")).log_probs_BT[0] for one in (group, others))
+    assert torch.equal(ours, theirs)
+
+
+BROKEN = {
+    "causal over the whole row": lambda lengths, prefixes: ((sum(lengths),), (None,)),
+    "no prompt": lambda lengths, prefixes: (lengths, (None,) * len(lengths)),
+    "another prompt": lambda lengths, prefixes: (lengths, tuple(None if p is None else 0 for p in prefixes)),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_wrong_layout_is_seen(case, padded, monkeypatch, name):
+    """The comparison above fails where it must."""
+    model, groups = case
+    right = prefix_sharing.Layout
+
+    class Wrong(right):
+        def __init__(self, lengths, prefixes):
+            super().__init__(lengths, prefixes)
+            lengths, prefixes = BROKEN[name](lengths, prefixes)
+            object.__setattr__(self, "read_lengths", lengths)
+            object.__setattr__(self, "read_prefixes", prefixes)
+
+    def attend(module, query, key, value, mask, layout=None, **kwargs):
+        wrong = layout and right(layout.read_lengths, layout.read_prefixes)
+        return segment_attention(module, query, key, value, mask, layout=wrong, **kwargs)
+
+    monkeypatch.setattr(prefix_sharing, "Layout", Wrong)
+    monkeypatch.setitem(prefix_sharing.AttentionInterface._global_mapping, prefix_sharing.ATTENTION, attend)
+    wrong, _ = log_probs_and_gradients(model, groups, "shared")
+    assert max((wrong[key] - padded[0][key]).abs().max() for key in wrong if key) > 1e-2
+
+
+def test_rows_are_laid_out_as_told():
+    one = Group(Prompt("", [1, 2, 3]), [[10, 11], [], [20]], [1.0, 2.0, 3.0])
+    two = Group(Prompt("", [4]), [[30]], [4.0], trained=False)
+    row = pack([one, two], share=True)
+    assert row["input_ids_RT"].tolist() == [[1, 2, 3, 10, 11, 20, 4, 30]]
+    assert row["segments"] == (Segment(3), Segment(2, 0), Segment(1, 0), Segment(1), Segment(1, 3))
+    assert row["predictors_N"].tolist() == [2, 3, 2, 6]
+    assert row["readers_RT"].tolist() == [[2, 2, 2, 1, 1, 1, 0, 0]]
+    row = pack([one, two], share=False)
+    assert row["input_ids_RT"].tolist() == [[1, 2, 3, 10, 11, 1, 2, 3, 1, 2, 3, 20, 4, 30]]
+    assert row["predictors_N"].tolist() == [2, 3, 10, 12]
+    for form in ("shared", "packed"):
+        assert make_batch([one, two], form).input_ids_RT.numel() == size([one, two], form)
+
+
+def test_attention_within_segments_equals_one_mask():
+    """Against plain attention with the whole square of who sees whom, grouped queries included."""
+    layout = Layout((4, 3, 2, 5), (None, 0, 0, None))
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 14, 8, dtype=torch.double) for heads in (4, 2, 2))
+    owner = torch.tensor([0] * 4 + [1] * 3 + [2] * 2 + [3] * 5)
+    same, prompt = owner[:, None] == owner, (owner == 0) & ((owner[:, None] == 1) | (owner[:, None] == 2))
+    sees = (same | prompt) & torch.ones(14, 14, dtype=torch.bool).tril()
+    keys, values = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=sees)
+    ours, _ = segment_attention(None, query, key, value, None, layout=layout)
+    torch.testing.assert_close(ours.transpose(1, 2), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_attention"),
+        ({"layer_types": ["linear_attention", "full_attention", "full_attention"]}, "linear_attention"),
+    ],
+)
+def test_what_cannot_be_exact_is_named(change, told):
+    model = make_world("tiny").model
+    assert obstacle(model) is None
+    for name, value in change.items():
+        setattr(model.config.text_config, name, value)
+    assert told in obstacle(model)
