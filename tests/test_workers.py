@@ -170,8 +170,9 @@ def test_a_process_that_is_killed_is_replaced_without_loss(rows, workers, tmp_pa
     assert [row for row, _ in stream.next_items(2)] == [10, 0]
     warnings = capfd.readouterr().err.splitlines()
     first = f"warning: a data worker ended at row 6 of {rows} (SIGKILL: out of memory?); a new one goes on"
-    assert warnings[0] == first
-    assert {line.split(" (")[0] for line in warnings[1:]} == {"warning: a data worker ended while idle"}
+    assert warnings.count(first) == 1
+    others = {line.split(" (")[0] for line in warnings if line != first}
+    assert others == {"warning: a data worker ended while idle"}
 
 
 def test_a_row_that_ends_every_process_is_a_bad_row(rows, workers):

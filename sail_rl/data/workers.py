@@ -119,7 +119,8 @@ class Workers:
         replacement = self._start()
         if replacement:
             self._started.remove(worker)
-            print(f"warning: a data worker ended {ending}; a new one goes on", file=sys.stderr, flush=True)
+            # One write: `print` writes the end of the line apart, and several threads may come here at once.
+            sys.stderr.write(f"warning: a data worker ended {ending}; a new one goes on\n")
         return replacement
 
 
