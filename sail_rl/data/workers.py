@@ -24,6 +24,8 @@ from typing import Any
 
 SPAWN = get_context("spawn")  # a fork would copy locks that threads of torch hold
 ATTEMPTS = 2  # at a row whose process ends: the first end may be bad luck, the second is the row's
+# To start a process is also to collect the exit codes of ended ones, each of which can be had once.
+ONE_AT_A_TIME = threading.Lock()
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -73,7 +75,7 @@ class Workers:
             self._closed = True
         for worker in self._started:
             worker.process.kill()
-            worker.process.join()
+            worker.exit_code()
             self._tasks.put(None)
         atexit.unregister(self.close)
 
@@ -82,7 +84,7 @@ class Workers:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         worker = self._start()
         while worker and (task := self._tasks.get()):
-            if not worker.process.is_alive():  # no row is to blame
+            if worker.has_ended():  # no row is to blame
                 worker = self._replace(worker, f"while idle ({worker.ending()})")
             if task.result.set_running_or_notify_cancel():
                 worker = self._have_done(task, worker)
@@ -130,7 +132,8 @@ class Worker:
     def __init__(self, imports: tuple[str, ...]):
         self.connection, theirs = SPAWN.Pipe()
         self.process = SPAWN.Process(target=work, args=(theirs, imports), daemon=True)
-        self.process.start()
+        with ONE_AT_A_TIME:
+            self.process.start()
         theirs.close()  # so that reading fails, and does not wait, when the process has ended
         self.known_sources: set[int] = set()
 
@@ -141,10 +144,19 @@ class Worker:
         self.known_sources.add(task.source)
         return self.connection.recv_bytes()
 
+    def has_ended(self) -> bool:
+        """Whether the process is gone."""
+        return bool(connection.wait([self.process.sentinel], timeout=0))
+
+    def exit_code(self) -> int:
+        """Of a process that is about to end or has ended."""
+        with ONE_AT_A_TIME:
+            self.process.join()
+            return self.process.exitcode or 0
+
     def ending(self) -> str:
         """How the process has ended, in words."""
-        self.process.join()
-        code = self.process.exitcode or 0
+        code = self.exit_code()
         if code >= 0:
             return f"exit code {code}"
         hint = ": out of memory?" if -code == signal.SIGKILL else ""
