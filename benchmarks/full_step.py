@@ -1,7 +1,7 @@
 """The two sides of a whole GRPO step, each as a callable that returns the seconds of its phases.
 
-Both use transformers' `generate`, the same reward functions, prompts and number of rollouts. The settings are the
-recipe's; TRL has the same key for each of them.
+Both write completions with the transformers model, TRL by its `generate`. Reward functions, prompts and the number of
+rollouts are the same. The settings are the recipe's; TRL has the same key for each of them.
 """
 
 import copy

@@ -1,61 +1,54 @@
-"""The reference engine: transformers' `generate` on the trainer's own model.
+"""The reference engine: tokens written one after another by the trainer's own transformers model.
 
-Each prompt is read once: its key-value cache is then repeated for the group. Tensor suffixes: _B prompts,
-_R rows (prompts x group), _T tokens, _V vocabulary.
+Each prompt is read once: its key-value cache is then repeated for the group. Rows that have ended leave the batch.
+Tensor suffixes: _B prompts, _R rows that are still written (at first prompts x group), _T tokens, _V vocabulary.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache
 
 from rollouts import Prompt, Rollout, Sampling
 from rollouts.inputs import PICTURE_INPUTS, position_ids, stack_model_inputs, stack_prompts
 
+LEAVING = 1 / 8  # of the rows must have ended before the others' cache is copied without them
 
-class SeededSampler(LogitsProcessor):
-    """Draws every token with a random number that belongs to its row and position alone.
 
-    So the completions of a prompt do not depend on which other prompts share its batch or its process.
-    """
+@dataclass
+class Written:
+    """One completion while it is written."""
 
-    def __init__(self, uniforms_RT: torch.Tensor, temperature: float, suppressed_token_ids: Sequence[int]):
-        self.uniforms_RT = uniforms_RT
-        self.temperature = temperature
-        self.suppressed_token_ids = list(suppressed_token_ids)
-        self.log_probs_TR: list[torch.Tensor] = []
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    ended: bool = False
+    """Its last token is an end token."""
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logits_RV = scores.float()
-        logits_RV[:, self.suppressed_token_ids] = -torch.inf
-        log_probs_RV = torch.log_softmax(logits_RV / (self.temperature or 1.0), dim=-1)
-        tokens_R = log_probs_RV.argmax(-1) if self.temperature == 0 else self._draw(log_probs_RV)
-        self.log_probs_TR.append(log_probs_RV.gather(1, tokens_R[:, None])[:, 0])
-        # Greedy search then takes the token chosen here.
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens_R[:, None], 0.0)
-
-    def _draw(self, log_probs_RV: torch.Tensor) -> torch.Tensor:
-        uniform_R = self.uniforms_RT[:, len(self.log_probs_TR)]
-        cumulative_RV = log_probs_RV.double().exp().cumsum(-1)
-        threshold_R1 = (uniform_R * cumulative_RV[:, -1])[:, None]
-        return torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0].clamp(max=log_probs_RV.shape[1] - 1)
+    def add(self, token: int, log_prob: float, end_token_ids: set[int]) -> None:
+        """One more token, unless the completion has ended and its row only waits to leave the batch."""
+        if not self.ended:
+            self.token_ids.append(token)
+            self.log_probs.append(log_prob)
+            self.ended = token in end_token_ids
 
 
 class HFEngine:
-    """Batched, KV-cached generation with a transformers model."""
+    """Batched, KV-cached generation with a transformers model.
+
+    The checkpoint's own generation settings, such as a repetition penalty, would change what the trainer cannot see:
+    only its end tokens are taken over.
+    """
 
     def __init__(self, model, tokenizer, suppressed_token_ids: Sequence[int] = (), batch_size: int = 256):
         self.model = model
         self.tokenizer = tokenizer
-        self.suppressed_token_ids = suppressed_token_ids
+        self.suppressed_token_ids = list(suppressed_token_ids)
         self.batch_size = batch_size
         self.weight_version = 0
         eos = model.generation_config.eos_token_id
         self.end_token_ids = {eos} if isinstance(eos, int) else set(eos or [tokenizer.eos_token_id])
-        # The checkpoint's own defaults, such as a repetition penalty, would change what the trainer cannot see.
-        ends = {"eos_token_id": sorted(self.end_token_ids), "pad_token_id": tokenizer.pad_token_id}
-        self.generation_config = GenerationConfig(**ends, do_sample=False)
 
     def load_weights(self, parameters: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """The model is the trainer's own, so its weights are new already."""
@@ -64,16 +57,14 @@ class HFEngine:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> list[Rollout]:
         """`group_size` completions of every prompt, groups together, in the order of the prompts."""
-        was_training, own_config = self.model.training, self.model.generation_config
+        was_training = self.model.training
         self.model.eval()
-        self.model.generation_config = self.generation_config
-        rollouts = []
-        prompts_at_once = max(1, self.batch_size // group_size)
-        for start in range(0, len(prompts), prompts_at_once):
-            rollouts += self._generate_batch(prompts[start : start + prompts_at_once], group_size, sampling)
-        self.model.generation_config = own_config
-        self.model.train(was_training)
-        return rollouts
+        try:
+            at_once = max(1, self.batch_size // group_size)
+            parts = [prompts[start : start + at_once] for start in range(0, len(prompts), at_once)]
+            return [rollout for part in parts for rollout in self._generate_batch(part, group_size, sampling)]
+        finally:
+            self.model.train(was_training)
 
     def _generate_batch(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> list[Rollout]:
         device = self.model.device
@@ -83,21 +74,18 @@ class HFEngine:
         cache = self._read_prompts(input_ids_BT, mask_BT, positions_BT, inputs)
         cache.batch_repeat_interleave(group_size)
         uniforms_RT = torch.from_numpy(draw_uniforms(prompts, group_size, sampling)).to(device)
-        sampler = SeededSampler(uniforms_RT, sampling.temperature, self.suppressed_token_ids)
-        output_RT = self.model.generate(
-            input_ids=input_ids_BT.repeat_interleave(group_size, dim=0),
-            attention_mask=mask_BT.repeat_interleave(group_size, dim=0),
-            position_ids=positions_BT.repeat_interleave(group_size, dim=-2),
-            past_key_values=cache,
-            max_new_tokens=sampling.max_completion_length,
-            logits_processor=LogitsProcessorList([sampler]),
+        written = self._write(
+            cache,
+            input_ids_BT[:, -1].repeat_interleave(group_size),
+            mask_BT.repeat_interleave(group_size, dim=0),
+            positions_BT[..., -1:].repeat_interleave(group_size, dim=-2),
+            uniforms_RT,
+            sampling.temperature,
         )
-        tokens = output_RT[:, input_ids_BT.shape[1] :].tolist()
-        log_probs = torch.stack(sampler.log_probs_TR, dim=1).tolist()
-        return [self._rollout(row, row_log_probs) for row, row_log_probs in zip(tokens, log_probs, strict=True)]
+        return [self._rollout(completion) for completion in written]
 
     def _read_prompts(self, input_ids_BT, mask_BT, positions_BT, inputs: Mapping[str, torch.Tensor]) -> DynamicCache:
-        """The cache of all prompt tokens but the last, which `generate` itself reads to predict the first."""
+        """The cache of all prompt tokens but the last, which `_write` reads to predict the first."""
         cache = DynamicCache(config=self.model.config)
         pictures = {name: tensor for name, tensor in inputs.items() if name in PICTURE_INPUTS}
         self.model(
@@ -111,16 +99,59 @@ class HFEngine:
         )
         return cache
 
-    def _rollout(self, row: list[int], log_probs: list[float]) -> Rollout:
-        ends = [position for position, token in enumerate(row) if token in self.end_token_ids]
-        length = ends[0] + 1 if ends else len(row)
+    def _write(self, cache: DynamicCache, last_R, mask_RT, position_R1, uniforms_RT, temperature) -> list[Written]:
+        """A token a time for every row, until all have ended or are as long as there are random numbers."""
+        written = [Written() for _ in range(len(last_R))]
+        rows = list(range(len(written)))  # those in the batch
+        for place in range(uniforms_RT.shape[1]):
+            logits_RV = self.model(
+                input_ids=last_R[:, None],
+                attention_mask=mask_RT,
+                position_ids=position_R1,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            last_R, log_probs_R = draw(logits_RV, uniforms_RT[:, place], temperature, self.suppressed_token_ids)
+            for row, token, log_prob in zip(rows, last_R.tolist(), log_probs_R.tolist(), strict=True):
+                written[row].add(token, log_prob, self.end_token_ids)
+            staying = [index for index, row in enumerate(rows) if not written[row].ended]
+            if not staying:
+                break
+            mask_RT, position_R1 = torch.nn.functional.pad(mask_RT, (0, 1), value=1), position_R1 + 1
+            if len(rows) - len(staying) >= LEAVING * len(rows):
+                index_R = torch.tensor(staying, device=last_R.device)
+                cache.batch_select_indices(index_R)
+                last_R, mask_RT, uniforms_RT = last_R[index_R], mask_RT[index_R], uniforms_RT[index_R]
+                position_R1, rows = position_R1.index_select(-2, index_R), [rows[index] for index in staying]
+        return written
+
+    def _rollout(self, completion: Written) -> Rollout:
         return Rollout(
-            token_ids=row[:length],
-            log_probs=log_probs[:length],
-            text=self.tokenizer.decode(row[:length], skip_special_tokens=True),
-            finish_reason="stop" if ends else "length",
+            token_ids=completion.token_ids,
+            log_probs=completion.log_probs,
+            text=self.tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+            finish_reason="stop" if completion.ended else "length",
             weight_version=self.weight_version,
         )
+
+
+def draw(
+    logits_RV: torch.Tensor, uniforms_R: torch.Tensor, temperature: float, suppressed: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token for each row and its log-probability; the likeliest token at temperature 0.
+
+    A row's token depends on its own random number alone, so completions do not depend on which prompts share a batch.
+    """
+    logits_RV = logits_RV.float().index_fill(1, torch.tensor(suppressed, device=logits_RV.device).long(), -torch.inf)
+    log_probs_RV = torch.log_softmax(logits_RV / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        tokens_R = log_probs_RV.argmax(-1)
+    else:
+        cumulative_RV = log_probs_RV.double().exp().cumsum(-1)
+        threshold_R1 = (uniforms_R * cumulative_RV[:, -1])[:, None]
+        tokens_R = torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0].clamp(max=logits_RV.shape[1] - 1)
+    return tokens_R, log_probs_RV.gather(1, tokens_R[:, None])[:, 0]
 
 
 def draw_uniforms(prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> np.ndarray:

@@ -15,7 +15,10 @@ from sail_rl.batch import Group, TrainingBatch
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
 from sail_rl.losses import balance_loss, masked_sum, policy_loss, supervised_loss
+from sail_rl.model.frozen_tower import features_kept, has_frozen_tower
+from sail_rl.model.lora import StartingModel
 from sail_rl.model.router import experts_per_token, find_routers, recorded_routers
+from sail_rl.policy import Policy
 from sail_rl.questions import Question
 
 
@@ -58,13 +61,16 @@ def update_policy(
     old_log_probs: dict[int, torch.Tensor] = {}
     sums = {"loss": 0.0, "tokens": 0.0, "entropy": 0.0, "clipped": 0.0, "kl": 0.0, "balance": 0.0, "largest_share": 0.0}
     grad_norm, read = 0.0, tokens_read(run, batches)
+    # What a frozen tower gives does not change: it is kept where the same pictures are passed again.
+    keep = has_frozen_tower(model) and (grpo.num_iterations > 1 or reference is not None)
+    features: list[Any] = [[] if keep else None for _ in batches]
     for _ in range(grpo.num_iterations):
         optimizer.zero_grad()
         for number, batch in enumerate(batches):
             batch = batch.to(device)
-            reference_BC = reference_log_probs(run, reference, batch, suppressed)
+            reference_BC = reference_log_probs(run, reference, batch, suppressed, features[number])
             with sync_gradients(run, model, last=number == len(batches) - 1):
-                with recorded_routers(model) as router_logits:
+                with recorded_routers(model) as router_logits, features_kept(model, features[number]):
                     terms = model(batch, temperature, suppressed)
                 # The first pass is on-policy: its own log-probabilities are the old ones, at no extra cost.
                 old_BC = old_log_probs.setdefault(number, terms.log_probs_BT.detach())
@@ -150,11 +156,14 @@ def routing_figures(model, sums: dict[str, float], iterations: int) -> dict[str,
     return {name: sums[key] / iterations for name, key in names.items()}
 
 
-def reference_log_probs(run: Run, reference, batch: TrainingBatch, suppressed) -> torch.Tensor | None:
+def reference_log_probs(
+    run: Run, reference: StartingModel | Policy | None, batch: TrainingBatch, suppressed: Sequence[int], features
+) -> torch.Tensor | None:
     """How the starting model sees the same tokens, in the policy's precision; None without a KL term."""
     if reference is None:
         return None
-    with torch.no_grad(), run.accelerator.autocast():
+    module = reference.policy if isinstance(reference, StartingModel) else reference
+    with torch.no_grad(), run.accelerator.autocast(), features_kept(module, features):
         return reference(batch, run.recipe.rollout.temperature, suppressed).log_probs_BT
 
 

@@ -201,3 +201,23 @@ def test_weights_and_mode_belong_to_the_trainer(world):
         world.model.train(training)
         assert engine.generate(world.prompts[:1], 1, Sampling(2))[0].weight_version == version
         assert world.model.training == training
+
+
+def test_rows_that_have_ended_leave_the_batch(world):
+    """Few are left at the end, and each completion is what it is alone."""
+    sampling, sizes, model = Sampling(40, seed=2), [], copy.deepcopy(world.model)
+    # About one token in ten ends a completion.
+    model.lm_head.weight.data[world.tokenizer.eos_token_id] = 0
+    boost_V = torch.zeros(len(world.tokenizer)).index_fill(0, torch.tensor([world.tokenizer.eos_token_id]), 2.5)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + boost_V)
+    alone = [r for p in world.prompts for r in engine_of(world, model, batch_size=1).generate([p], 4, sampling)]
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    together = engine_of(world, model).generate(world.prompts, 4, sampling)
+    assert tokens(together) == tokens(alone)
+    lengths = [len(ids) for ids in tokens(together)]
+    assert len(set(lengths)) > 5
+    written = sizes[1:]  # the first call reads the prompts
+    assert written[0] == len(together)
+    assert written == sorted(written, reverse=True)
+    assert len(written) == max(lengths)
+    assert sum(written) <= sum(lengths) / (1 - 1 / 8) + max(lengths)
