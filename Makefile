@@ -54,6 +54,7 @@ controls: install
 bench: install
 	$(BIN)/python benchmarks/update.py --short
 	$(BIN)/python benchmarks/memory.py --short
+	$(BIN)/python benchmarks/scaling.py --short
 	$(BIN)/python benchmarks/step.py --short
 
 clean:

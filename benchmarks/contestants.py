@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from accelerate import Accelerator
 
-from benchmarks.scaled_model import GROUP, World
+from benchmarks.scaled_model import World
 from sail_rl.advantage import group_advantages
 from sail_rl.batch import Form, idle_group, make_batches
 from sail_rl.batch_form import choose_form
@@ -67,7 +67,7 @@ def our_contestant(world: World, mode: str) -> Contestant:
     model, optimizer = run.accelerator.prepare(Policy(policy), make_optimizer(policy, recipe.optim))
     set_learning_rate(optimizer, recipe.optim, step=1, max_steps=1)
     idle = idle_group(world.processor, with_picture=False)
-    advantages = group_advantages(world.rewards_N, GROUP, recipe.grpo.scale_rewards)
+    advantages = group_advantages(world.rewards_N, world.cell.size, recipe.grpo.scale_rewards)
     questions = [Question(None, prompt) for prompt in world.prompts]  # type: ignore[arg-type]
     groups = make_groups(questions, world.rollouts, advantages, run.shard, keep_all=False)
     form = choose_form(run, policy, groups)
@@ -118,7 +118,7 @@ def trl_trainer(world: World, model):
     from trl import GRPOConfig, GRPOTrainer
 
     def rollout_func(prompts, trainer):
-        prompt_ids = [prompt.token_ids for prompt in world.prompts for _ in range(GROUP)]
+        prompt_ids = [prompt.token_ids for prompt in world.prompts for _ in range(world.cell.size)]
         completion_ids = [rollout.token_ids for rollout in world.rollouts]
         return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
 
@@ -126,7 +126,7 @@ def trl_trainer(world: World, model):
         return world.rewards_N.tolist()
 
     settings: dict[str, Any] = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
-    settings |= {"per_device_train_batch_size": GROUP, "num_generations": GROUP}
+    settings |= {"per_device_train_batch_size": world.cell.size, "num_generations": world.cell.size}
     settings |= {"gradient_accumulation_steps": world.cell.groups, "max_completion_length": world.cell.completion}
     args, data = GRPOConfig(f"{FOLDER}/trl", **settings), Dataset.from_list([{"prompt": "unused"}])
     trainer = GRPOTrainer(model, reward, args, data, processing_class=world.processor, rollout_func=rollout_func)
@@ -142,7 +142,7 @@ def trl_inputs(trainer, world: World) -> list[dict[str, Any]]:
     rows = [
         {"prompt": [{"role": "user", "content": question}], "images": list(prompt.images)}
         for question, prompt in zip(world.questions, world.prompts, strict=True)
-        for _ in range(GROUP)
+        for _ in range(world.cell.size)
     ]
     batch = split_pixel_values_by_grid(trainer._generate_and_score_completions(rows))
     parts = split_tensor_dict(batch, trainer.args.steps_per_generation)

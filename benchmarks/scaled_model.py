@@ -55,6 +55,12 @@ class Cell:
     completion: int
     """Tokens of the longest completion; the others are evenly spread from 0.4 of it."""
     groups: int = 1
+    size: int = GROUP
+    """Completions of a prompt."""
+    tiles: int | None = None
+    """Of a picture, its thumbnail aside; None: as many as the prompt has room for."""
+    depth: int = 1
+    """Times as many layers, in tower and language model."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +91,10 @@ def make_world(cell: Cell) -> World:
     """The model and `cell.groups` groups, the same for the same cell."""
     rng = np.random.default_rng(0)
     processor = scaled_processor()
-    config = scaled_config(processor)
+    config = scaled_config(processor, cell.depth)
     model = random_model(SailVL2ForConditionalGeneration, config, processor.tokenizer, seed=0)
     model.lm_head.weight.data *= 3  # far from uniform, as a trained model is
-    pairs = [exact_prompt(processor, cell.prompt, rng) for _ in range(cell.groups)]
+    pairs = [exact_prompt(processor, cell, rng) for _ in range(cell.groups)]
     return World(
         cell,
         processor,
@@ -96,7 +102,7 @@ def make_world(cell: Cell) -> World:
         prompts=[prompt for prompt, _ in pairs],
         questions=[question for _, question in pairs],
         rollouts=[rollout for _ in pairs for rollout in random_rollouts(cell, processor, rng)],
-        rewards_N=torch.from_numpy(rng.random(cell.groups * GROUP, dtype=np.float32)),
+        rewards_N=torch.from_numpy(rng.random(cell.groups * cell.size, dtype=np.float32)),
     )
 
 
@@ -106,20 +112,22 @@ def scaled_processor() -> SailVL2Processor:
     return SailVL2Processor(image_processor, tiny_tokenizer([QUESTION + FILLER] * 3), TOKENS_PER_TILE)
 
 
-def scaled_config(processor: SailVL2Processor) -> SailVL2Config:
-    """Sizes of the model."""
+def scaled_config(processor: SailVL2Processor, depth: int = 1) -> SailVL2Config:
+    """Sizes of the model, with `depth` times as many layers."""
+    layers = [{"num_hidden_layers": depth * part["num_hidden_layers"]} for part in (VISION, TEXT)]
     ends = {"eos_token_id": processor.tokenizer.eos_token_id, "pad_token_id": processor.tokenizer.pad_token_id}
     return SailVL2Config(
-        vision_config=dict(VISION),
-        text_config=TEXT | ends,
+        vision_config=VISION | layers[0],
+        text_config=TEXT | ends | layers[1],
         image_token_id=processor.image_token_id,
         image_seq_length=TOKENS_PER_TILE,
     )
 
 
-def exact_prompt(processor: SailVL2Processor, length: int, rng: np.random.Generator) -> tuple[Prompt, str]:
-    """A prompt of exactly `length` tokens, a picture with as many tiles as fit and then text; and its question."""
-    picture = noise_picture(length // TOKENS_PER_TILE - 2, rng)
+def exact_prompt(processor: SailVL2Processor, cell: Cell, rng: np.random.Generator) -> tuple[Prompt, str]:
+    """A prompt of exactly as many tokens, a picture with the cell's tiles and then text; and its question."""
+    length = cell.prompt
+    picture = noise_picture(cell.tiles or length // TOKENS_PER_TILE - 2, rng)
     missing = length - len(encode(processor, picture, QUESTION).token_ids)
     question = QUESTION + FILLER * missing
     prompt = encode(processor, picture, question)
@@ -144,7 +152,7 @@ def encode(processor: SailVL2Processor, picture: Image.Image, question: str) -> 
 def random_rollouts(cell: Cell, processor: SailVL2Processor, rng: np.random.Generator) -> list[Rollout]:
     """One group of ragged completions, without tokens that stand for pictures."""
     allowed = np.setdiff1d(np.arange(VOCABULARY), picture_tokens(processor))
-    lengths = np.linspace(SHORTEST * cell.completion, cell.completion, GROUP).astype(int)
+    lengths = np.linspace(SHORTEST * cell.completion, cell.completion, cell.size).astype(int)
     completions = [rng.choice(allowed, length).tolist() for length in rng.permutation(lengths)]
     return [Rollout(ids, [0.0] * len(ids), "", "stop", 0) for ids in completions]
 

@@ -92,9 +92,8 @@ def ratios(seconds: dict[str, float], name: str) -> dict[str, float | None]:
 def theory(world) -> dict[str, float]:
     """The same ratios as FLOPs have them, when the prompt and its pictures are computed once per group."""
     from benchmarks.flops import costs_of, work_of
-    from benchmarks.scaled_model import GROUP
 
-    costs, shape = costs_of(world.model.config), (world.cell.prompt, world.lengths[:GROUP], world.tiles)
+    costs, shape = costs_of(world.model.config), (world.cell.prompt, world.lengths[: world.cell.size], world.tiles)
     flops = {layout: work_of(layout, *shape).flops(costs) for layout in ("trl", "packed", "shared")}
     return {f"theory_vs_{other}": flops[other] / flops["shared"] for other in ("trl", "packed")}
 

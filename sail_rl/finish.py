@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sail_rl.checkpoint import Progress, save_model
 from sail_rl.eval import Prediction, summarise
-from sail_rl.launch import Run, result_lines
+from sail_rl.launch import Run, let_communication_end, result_lines
 from sail_rl.report import write_report
 from sail_rl.run_folder import write_json
 
@@ -26,6 +26,8 @@ def finish_run(
         write_report(run.folder)
         print(result_lines(run.recipe.output_dir, summary), flush=True)
     run.accelerator.wait_for_everyone()
+    if run.shard.world_size > 1:
+        let_communication_end()
     run.accelerator.end_training()
 
 

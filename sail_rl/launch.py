@@ -1,7 +1,9 @@
 """What both trainers do around their loops: mistakes, processes and threads, and the end of a run."""
 
+import atexit
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from sail_rl.run_folder import check_run, environment, finished, has_begun, writ
 RecipeType = TypeVar("RecipeType", bound=CommonRecipe)
 INTERRUPTED = 130  # as shells say it
 NEEDED_BY_WORKERS = ("sail_rl.model.load",)  # torch and the processors: loaded while the trainer loads its model
+LAST_WORDS = 0.5  # seconds
 MOST_WORKERS = 4  # unless data.workers asks for more: enough for 16 pictures of 13 tiles in half a second
 
 
@@ -80,6 +83,8 @@ def start_run(recipe: RecipeType) -> Run[RecipeType]:
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, log_with=log_with, project_dir=recipe.output_dir)
     share_threads(accelerator)
     set_seed(recipe.seed)
+    if accelerator.num_processes > 1:
+        atexit.register(let_communication_end)
     if log_with:
         accelerator.init_trackers("sail_rl", config=flat(recipe.model_dump(mode="json")))
     single = accelerator.num_processes == 1
@@ -88,6 +93,15 @@ def start_run(recipe: RecipeType) -> Run[RecipeType]:
     run = Run(recipe, Path(recipe.output_dir), accelerator, shard, Workers(count, NEEDED_BY_WORKERS) if count else None)
     make_folder(run)
     return run
+
+
+def let_communication_end() -> None:
+    """Wait a moment between the last exchange with other processes and the end of their group.
+
+    gloo's threads need the interpreter to let go of the tensors that they sent last. When the interpreter ends their
+    group, it waits for them without giving way: a process has been seen to hang there for ever.
+    """
+    time.sleep(LAST_WORDS)
 
 
 def number_of_workers(recipe: CommonRecipe, accelerator) -> int:

@@ -9,7 +9,7 @@ import torch
 from tiny_models import completion_logits
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import contestants, memory, scaled_model, step, update
+from benchmarks import contestants, memory, scaled_model, scaling, step, update
 from benchmarks.common import Timing, markdown, medians
 from benchmarks.flops import costs_of, tower_share, work_of
 from sail_rl.batch import Group, make_batch
@@ -109,6 +109,27 @@ def test_the_scaled_model_has_the_share_of_the_2b(monkeypatch):
 def test_memory_grows_with_the_batch():
     few, many = (memory.measure("padded", 256, completion) for completion in (8, 256))
     assert few < many
+
+
+def test_scaling_gives_every_point(monkeypatch, tmp_path):
+    """The whole command; theory is that of the shapes which were measured."""
+    monkeypatch.setattr(scaling, "MIDDLE", {"prompt": 256, "completion": 8, "size": 4, "tiles": 2, "depth": 1})
+    axes = {"prompt": (256, 384), "completion": (8, 16), "size": (2, 4), "tiles": (2,), "depth": (1, 2)}
+    monkeypatch.setattr(scaling, "AXES", axes)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--short", "--json", str(tmp_path / "scaling.json")])
+    scaling.main()
+    rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
+    assert [(row["axis"], row["value"]) for row in rows] == [(axis, v) for axis, values in axes.items() for v in values]
+    theory = {(row["axis"], row["value"]): row["theory"] for row in rows}
+    assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 and row["gflop"] > 0 for row in rows)
+    for row in rows:
+        if row["value"] == scaling.MIDDLE[row["axis"]]:
+            assert row["growth"] == row["theory"] == 1
+    assert 1.3 < theory["prompt", 384] < 1.8  # five tiles instead of three
+    assert 1.7 < theory["depth", 2] < 2  # the head and the embedding of patches are not doubled
+    assert theory["size", 2] < 1 < theory["completion", 16]
+    assert "| depth | 2 |" in (tmp_path / "scaling.md").read_text()
 
 
 def test_medians_and_tables():
