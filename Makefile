@@ -7,6 +7,8 @@ BIN := .venv/bin
 EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "--extra vllm --extra deepspeed" || echo "--group cpu")
 LAUNCH := HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 CPU_TESTS := not gpu and not slow
+# Files side by side, one a core: most of a test's time goes into imports and start-up, which use one thread.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # The rebuild has vLLM's modules but not its metadata, which the `vllm` command asks for.
 define NAME_VLLM
@@ -39,7 +41,7 @@ lint: install
 	$(BIN)/mypy
 
 test: install lint
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "$(CPU_TESTS)" --durations 25
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -m "$(CPU_TESTS)" $(SIDE_BY_SIDE) --durations 25
 
 test-slow: install
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "slow and not gpu" --timeout 3000
