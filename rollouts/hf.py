@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from rollouts import Prompt, Rollout, Sampling
 from rollouts.inputs import PICTURE_INPUTS, position_ids, stack_model_inputs, stack_prompts
+from rollouts.roomy_cache import give_room
 
 LEAVING = 1 / 8  # of the rows must have ended before the others' cache is copied without them
 
@@ -72,7 +73,7 @@ class HFEngine:
         inputs = {name: tensor.to(device) for name, tensor in stack_model_inputs(prompts).items()}
         positions_BT = position_ids(self.model, input_ids_BT, mask_BT, inputs)
         cache = self._read_prompts(input_ids_BT, mask_BT, positions_BT, inputs)
-        cache.batch_repeat_interleave(group_size)
+        give_room(cache, group_size, sampling.max_completion_length)
         uniforms_RT = torch.from_numpy(draw_uniforms(prompts, group_size, sampling)).to(device)
         written = self._write(
             cache,
@@ -148,7 +149,7 @@ def draw(
     if temperature == 0:
         tokens_R = log_probs_RV.argmax(-1)
     else:
-        cumulative_RV = log_probs_RV.double().exp().cumsum(-1)
+        cumulative_RV = log_probs_RV.exp().cumsum(-1, dtype=torch.float64)
         threshold_R1 = (uniforms_R * cumulative_RV[:, -1])[:, None]
         tokens_R = torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0].clamp(max=logits_RV.shape[1] - 1)
     return tokens_R, log_probs_RV.gather(1, tokens_R[:, None])[:, 0]
