@@ -76,6 +76,7 @@ def varlen_segments(
     """
     reading = once(layout, ("varlen", query.device), lambda: what_is_read(layout, query.device))
     query_THD, key_THD, value_THD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    grouped: Any = {"enable_gqa": query.shape[1] != key.shape[1]} if ASKS_FOR_GROUPS else {}
     output_THD: Any = varlen_attn(
         query_THD,
         Gather.apply(key_THD, reading.keys_K),
@@ -83,7 +84,7 @@ def varlen_segments(
         *reading[1:],
         scale=scaling,
         window_size=CAUSAL,
-        **({"enable_gqa": query.shape[1] != key.shape[1]} if ASKS_FOR_GROUPS else {}),
+        **grouped,
     )
     return output_THD[None]
 
