@@ -76,6 +76,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def device_name() -> str:
+    """Of the GPU, or `cpu`."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 def markdown(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
     """A table of some of the rows' values: key -> heading."""
     lines = [list(columns.values()), ["---"] * len(columns), *([shown(row[key]) for key in columns] for row in rows)]

@@ -58,13 +58,21 @@ def make_contestant(variant: str, world: World) -> Contestant:
     return trl_contestant(world) if variant == "trl" else our_contestant(world, variant)
 
 
-def our_contestant(world: World, mode: str) -> Contestant:
-    """What train_grpo.py does between `make_batches` and the end of `update_policy`."""
+def our_contestant(
+    world: World,
+    mode: str,
+    *,
+    change: Callable[[Any], None] = lambda policy: None,
+    optimizer_of: Callable[..., torch.optim.Optimizer] = make_optimizer,
+    accelerator: Accelerator | None = None,
+    token_budget: int | None = None,
+) -> Contestant:
+    """What train_grpo.py does between `make_batches` and the end of `update_policy`, with a change to the model."""
     recipe = our_recipe(mode)
     policy = copy.deepcopy(world.model)
     prepare_for_training(policy, recipe.trainer.gradient_checkpointing)
-    run = Run(recipe, Path(recipe.output_dir), Accelerator(cpu=True), Shard())
-    model, optimizer = run.accelerator.prepare(Policy(policy), make_optimizer(policy, recipe.optim))
+    run = Run(recipe, Path(recipe.output_dir), accelerator or Accelerator(cpu=True), Shard())
+    model, optimizer = run.accelerator.prepare(Policy(policy), optimizer_of(policy, recipe.optim))
     set_learning_rate(optimizer, recipe.optim, step=1, max_steps=1)
     idle = idle_group(world.processor, with_picture=False)
     advantages = group_advantages(world.rewards_N, world.cell.size, recipe.grpo.scale_rewards)
@@ -72,9 +80,10 @@ def our_contestant(world: World, mode: str) -> Contestant:
     groups = make_groups(questions, world.rollouts, advantages, run.shard, keep_all=False)
     form = choose_form(run, policy, groups)
     assert form == mode  # none of them may be given up for this model
+    change(policy)
 
     def step() -> Outcome:
-        batches = make_batches(groups, recipe.update.token_budget, idle, run.highest, form)
+        batches = make_batches(groups, token_budget or recipe.update.token_budget, idle, run.highest, form)
         normaliser = loss_normaliser(recipe.grpo.loss_type, world.lengths, world.cell.completion)
         # TRL rules out no tokens, and with fewer choices the log-probabilities would not be its own.
         figures = update_policy(run, model, None, optimizer, batches, normaliser, suppressed=())

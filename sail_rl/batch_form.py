@@ -9,6 +9,8 @@ from sail_rl.command_line import BadInput
 from sail_rl.launch import Run
 from sail_rl.losses import token_log_probs
 from sail_rl.model.prefix_sharing import obstacle
+from sail_rl.model.segment_kernels import MEANING as KERNELS
+from sail_rl.model.segment_kernels import Attention, kernel_obstacle
 from sail_rl.policy import token_terms
 
 TRIED_COMPLETIONS = 3
@@ -17,6 +19,22 @@ MEANING = {
     "packed": "completions with a prompt each in one row without padding",
     "padded": "a padded row for each completion",
 }
+
+
+def choose_attention(run: Run, model) -> Attention:
+    """What `update.attention` asks for, refused where it cannot run; `auto` suits the device."""
+    asked = run.recipe.update.attention
+    wanted: Attention = "varlen" if asked == "auto" else asked
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.accelerator.mixed_precision, model.dtype)
+    device = run.accelerator.device
+    reason = kernel_obstacle(wanted, model.config, device, dtype) or (wanted != "sdpa" and obstacle(model)) or None
+    if reason and asked != "auto":
+        raise BadInput(f"update.attention = {asked}: {reason}; or leave it at auto")
+    chosen: Attention = "sdpa" if reason else wanted
+    if run.is_main and device.type != "cpu":
+        why_not = f" (no {wanted}: {reason})" if reason else ""
+        print(f"attention: {chosen}, {KERNELS[chosen]}{why_not}", flush=True)
+    return chosen
 
 
 def choose_form(run: Run, model, groups: Sequence[Group]) -> Form | None:

@@ -242,6 +242,10 @@ class UpdateSection(Section):
     """`shared`: a prompt and its pictures are computed once for its group; `packed`: once for each completion, without
     padding; `padded`: rows of one length. All give the same gradients; `auto` is `shared` where that is exact for the
     model, which the first step checks."""
+    attention: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
+    """How the completions of a `shared` or `packed` row read their prompts. `sdpa`: a call for each; `varlen`: one
+    flash attention call for all (a GPU, bfloat16); `flex`: one FlexAttention call (a GPU, any precision), compiled in
+    the first step. `auto` is `varlen` where it can run, else `sdpa`."""
     token_budget: Annotated[int, Field(ge=1)] = 16384
     """Most tokens, padding included, in one micro-batch; a larger group is cut."""
 

@@ -17,6 +17,7 @@ from rollouts.inputs import PICTURE_INPUTS, TOKEN_INPUTS, position_ids
 from sail_rl.batch import TrainingBatch
 from sail_rl.losses import PolicyTerms, token_log_probs
 from sail_rl.model.prefix_sharing import NO_MASK, Layout, layout_of, obstacle, segment_positions, use_segments
+from sail_rl.model.segment_kernels import IMPLEMENTATIONS, Attention
 
 LOGITS_AT_ONCE = 2**25  # 128 MiB in float32; more are computed in parts, and again for the gradient
 
@@ -24,11 +25,11 @@ LOGITS_AT_ONCE = 2**25  # 128 MiB in float32; more are computed in parts, and ag
 class Policy(nn.Module):
     """What is trained, in the form that distributed wrappers need: one call is one forward pass."""
 
-    def __init__(self, model):
+    def __init__(self, model, attention: Attention = "sdpa"):
         super().__init__()
         self.model = model
         if obstacle(model) is None:
-            use_segments(model)
+            use_segments(model, IMPLEMENTATIONS[attention])
 
     def forward(self, batch: TrainingBatch, temperature: float = 1.0, suppressed: Sequence[int] = ()) -> PolicyTerms:
         return token_terms(self.model, batch, temperature, suppressed)

@@ -16,7 +16,7 @@ def train(recipe: GrpoRecipe) -> None:
     from sail_rl import checkpoint, scoring
     from sail_rl.advantage import group_advantages
     from sail_rl.batch import idle_group, make_batches
-    from sail_rl.batch_form import choose_form
+    from sail_rl.batch_form import choose_attention, choose_form
     from sail_rl.eval import accuracy_now, predictions_once
     from sail_rl.finish import finish_run
     from sail_rl.launch import check_divisible, record_environment, seed_step, start_run
@@ -48,9 +48,10 @@ def train(recipe: GrpoRecipe) -> None:
 
     # Optimizer, engine, and where a resumed run stands.
     prepare_for_training(policy, trainer.gradient_checkpointing)
-    model, optimizer = run.accelerator.prepare(Policy(policy), make_optimizer(policy, recipe.optim))
+    attention = choose_attention(run, policy)
+    model, optimizer = run.accelerator.prepare(Policy(policy, attention), make_optimizer(policy, recipe.optim))
     record_environment(run, model)
-    reference = starting_policy(recipe.model, recipe.seed, policy) if grpo.beta else None
+    reference = starting_policy(recipe.model, recipe.seed, policy, attention) if grpo.beta else None
     progress = checkpoint.load_progress(resumed, policy, optimizer)
     stream.position = progress.data_position
     engine = HFEngine(policy, processor.tokenizer, suppressed, rollout.batch_size)

@@ -14,7 +14,7 @@ def train(recipe: SftRecipe) -> None:
     from rollouts.hf import HFEngine
     from sail_rl import checkpoint
     from sail_rl.batch import Group, idle_group, make_batches
-    from sail_rl.batch_form import choose_form
+    from sail_rl.batch_form import choose_attention, choose_form
     from sail_rl.eval import accuracy_now, predictions_once
     from sail_rl.finish import finish_run
     from sail_rl.launch import check_divisible, record_environment, seed_step, start_run
@@ -40,7 +40,8 @@ def train(recipe: SftRecipe) -> None:
 
     # Optimizer, and where a resumed run stands.
     prepare_for_training(policy, trainer.gradient_checkpointing)
-    model, optimizer = run.accelerator.prepare(Policy(policy), make_optimizer(policy, recipe.optim))
+    attention = choose_attention(run, policy)
+    model, optimizer = run.accelerator.prepare(Policy(policy, attention), make_optimizer(policy, recipe.optim))
     record_environment(run, model)
     progress = checkpoint.load_progress(resumed, policy, optimizer)
     stream.position = progress.data_position

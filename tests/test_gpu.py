@@ -6,13 +6,15 @@ import json
 import pytest
 import torch
 from conftest import SMALL, SMALL_GRPO, command
+from test_prefix_sharing import ragged_groups
 from tiny_models import dense, groups, processor_for_questions
 
 from sail_rl.batch import make_batch
 from sail_rl.model.modeling_sail_vl2 import SailVL2ForConditionalGeneration
-from sail_rl.model.prefix_sharing import use_segments
+from sail_rl.model.prefix_sharing import Layout, segment_attention, use_segments
+from sail_rl.model.segment_kernels import flex_segments, implementation
 from sail_rl.model.sizes import sail_vl2_config
-from sail_rl.policy import token_terms
+from sail_rl.policy import Policy, token_terms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -33,6 +35,61 @@ def test_log_probs_and_gradients_are_those_of_the_cpu(form):
     for (name, weight), other in zip(here.named_parameters(), there.parameters(), strict=True):
         difference = (weight.grad - other.grad.cpu()).norm() / weight.grad.norm().clamp(min=1e-6)
         assert difference < 1e-3, name
+
+
+def log_probs_and_gradients(model, form, attention, autocast):
+    """Of ragged groups on the GPU, in float32."""
+    ragged = ragged_groups([group.prompt for group in groups(processor_for_questions())], 250)
+    batch = make_batch(ragged, form).to(torch.device("cuda"))
+    model.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        terms = Policy(model, attention)(batch)
+    (terms.log_probs_BT * batch.mask_BC * batch.advantages_B[:, None]).sum().backward()
+    return (terms.log_probs_BT * batch.mask_BC).detach(), torch.cat(
+        [w.grad.float().flatten() for w in model.parameters()]
+    )
+
+
+@pytest.mark.parametrize(
+    ("attention", "precision"),
+    [
+        *(
+            (attention, precision)
+            for attention in ("sdpa", "flex")
+            for precision in ("float32", "bfloat16", "autocast")
+        ),
+        *(("varlen", precision) for precision in ("bfloat16", "autocast")),
+    ],
+)
+@pytest.mark.parametrize("form", ["shared", "packed"])
+def test_every_kernel_equals_padded_rows(form, attention, precision):
+    """In float32 to its precision; in bfloat16 about as near to float32 as padded rows in bfloat16 are."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    exact = dense(processor_for_questions()).cuda()
+    model = copy.deepcopy(exact).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    expected = log_probs_and_gradients(exact, "padded", "sdpa", autocast=False)
+    plain = log_probs_and_gradients(model, "padded", "sdpa", precision == "autocast")
+    ours = log_probs_and_gradients(model, form, attention, precision == "autocast")
+    for told, rounded, wanted in zip(ours, plain, expected, strict=True):
+        allowed = 1e-4 if precision == "float32" else 1.5 * float((rounded - wanted).norm() / wanted.norm())
+        assert (told - wanted).norm() <= allowed * wanted.norm()
+
+
+def test_flex_is_compiled_once_for_all_lengths():
+    attention = implementation(flex_segments)
+    layouts = [Layout((300, 40, 7), (None, 0, 0)), Layout((90, 500, 1, 60, 200), (None, 0, 0, None, 3))]
+    for layout, stance in zip(
+        [*layouts, layouts[0]], ["default", "fail_on_recompile", "fail_on_recompile"], strict=True
+    ):
+        shape = (sum(layout.lengths), 128)
+        tensors = [
+            torch.randn(1, n, *shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (4, 2, 2)
+        ]
+        with torch.compiler.set_stance(stance):
+            output, _ = attention(None, *tensors, None, layout=layout)
+            output.float().square().sum().backward()
+        expected, _ = segment_attention(None, *tensors, None, layout=layout)
+        torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -15,6 +15,7 @@ from sail_rl.model.lora import StartingModel, add_adapters
 from sail_rl.model.processing_sail_vl2 import SailVL2Processor
 from sail_rl.model.released_config import released_values
 from sail_rl.model.router import find_routers
+from sail_rl.model.segment_kernels import Attention
 from sail_rl.model.tiny import tiny_model, tiny_processor
 from sail_rl.model.tiny_internvl import tiny_internvl_model, tiny_internvl_processor
 from sail_rl.model.tiny_qwen3_vl import tiny_qwen3_vl_model, tiny_qwen3_vl_processor
@@ -108,11 +109,11 @@ def freeze(model, part: str) -> None:
         parameter.requires_grad_(False)
 
 
-def starting_policy(section: ModelSection, seed: int, model) -> StartingModel | Policy:
+def starting_policy(section: ModelSection, seed: int, model, attention: Attention = "sdpa") -> StartingModel | Policy:
     """The policy that training starts from, on the model's device: loaded once more, or the model without adapters."""
     if section.lora:
-        return StartingModel(Policy(model))
-    return Policy(load_model(section, seed)[0].eval().to(model.device))
+        return StartingModel(Policy(model, attention))
+    return Policy(load_model(section, seed)[0].eval().to(model.device), attention)
 
 
 def picture_corpus() -> list[str]:

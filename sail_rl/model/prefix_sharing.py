@@ -25,8 +25,8 @@ class Layout:
 
     lengths: tuple[int, ...]
     prefixes: tuple[int | None, ...]
-    masks: dict[tuple, torch.Tensor] = field(default_factory=dict, compare=False)
-    """Made once for all layers."""
+    masks: dict[tuple, Any] = field(default_factory=dict, compare=False)
+    """Made once for all layers, as the kernel that computes them needs it."""
 
     def mask(self, length: int, prefix_length: int, like: torch.Tensor) -> torch.Tensor:
         """[length, prefix + length]: all of the prefix, and causally the segment itself."""
@@ -53,6 +53,7 @@ def segment_attention(
     if layout is None:
         mask = attention_mask
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+    query, key, value = in_one_dtype(query, key, value)
     # One split each: its backward is one concatenation, where slices would each fill a row of zeros.
     queries, keys, values = (tensor.split(layout.lengths, dim=2) for tensor in (query, key, value))
     grouped: Any = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
@@ -69,13 +70,22 @@ def segment_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
+def in_one_dtype(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+    """What autocast does for SDPA, for the kernels that it does not know and for SDPA with a causal bias.
+
+    The norms of Qwen3 give queries and keys in float32, while values are in bfloat16.
+    """
+    kind = tensors[0].device.type
+    return [t.to(torch.get_autocast_dtype(kind)) for t in tensors] if torch.is_autocast_enabled(kind) else tensors
+
+
 AttentionInterface.register(ATTENTION, segment_attention)
 AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def use_segments(model) -> None:
+def use_segments(model, implementation: str = ATTENTION) -> None:
     """Let the language model read rows of segments; its other calls stay what they were."""
-    model.set_attn_implementation({"text_config": ATTENTION})
+    model.set_attn_implementation({"text_config": implementation})
 
 
 def obstacle(model) -> str | None:
