@@ -6,6 +6,7 @@
 Suffixes: _R rows, _T tokens of a row, _B completions, _C tokens of a completion, _P of a prompt, _N predicted tokens.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, pairwise
@@ -16,6 +17,7 @@ from PIL import Image
 
 from rollouts import Prompt
 from rollouts.inputs import encoded_prompt, stack_model_inputs, stack_prompts
+from sail_rl.model.prefix_sharing import BEFORE
 
 PADDING = 0  # any token will do: padding is masked in attention and in the loss
 Form = Literal["shared", "packed", "padded"]
@@ -45,7 +47,7 @@ class Segment:
 
     length: int
     prefix: int | None = None
-    """The number of the segment that is read before this one."""
+    """The number of the segment that is read before this one; BEFORE if it was computed before the row."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,13 @@ class TrainingBatch:
     model_inputs: dict[str, torch.Tensor]
     """The pictures of all rows, and what kind of token each is where the model asks for it: from these and the mask
     Qwen-VL works out its positions (M-RoPE)."""
+    prompt: "TrainingBatch | None" = None
+    """The prompt of all completions here, as a row that is computed before, once for all batches that name it."""
 
     def to(self, device: torch.device) -> "TrainingBatch":
         """The same batch on another device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("segments", "model_inputs")}
-        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+        moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
         return replace(self, **moved, model_inputs={name: t.to(device) for name, t in self.model_inputs.items()})
 
 
@@ -84,16 +88,45 @@ def make_batches(
     idle: Group,
     highest: Callable[[int], int] = lambda count: count,
     form: Form = "padded",
+    prompts_apart: bool = False,
 ) -> list[TrainingBatch]:
     """Micro-batches of this process: as many as any process has (`highest`), each with a picture.
 
     Distributed training waits for every process in every pass and for a gradient of every weight. A process that has
     nothing left adds the idle group with all tokens masked, and so does a batch of text alone: its gradient is zero.
+    With `prompts_apart`, the prompt of a group beyond the budget is computed once for all batches that share it. These
+    come first and are not counted: processes exchange their gradients in the last batch alone.
     """
-    parts = split_by_token_budget(groups, token_budget, form)
+    apart_budget = token_budget if prompts_apart and form == "shared" else math.inf
+    large = [group for group in groups if size([group], form) > apart_budget]
+    others = [group for group in groups if size([group], form) <= apart_budget]
+    parts = split_by_token_budget(others, token_budget, form)
     batches = [make_batch([*part, idle] if needs_picture(part, idle) else part, form) for part in parts]
     missing = highest(max(len(batches), 1)) - len(batches)
-    return batches + [make_batch([idle], form)] * missing
+    apart = [batch for group in large for batch in batches_apart(group, token_budget)]
+    return apart + batches + [make_batch([idle], form)] * missing
+
+
+def batches_apart(group: Group, token_budget: int) -> list[TrainingBatch]:
+    """A group's completions, within the budget, and apart from them their prompt."""
+    prompt = make_batch([replace(group, completions=[[]], advantages=[])], "shared")
+    bare = replace(group, prompt=Prompt(group.prompt.id, []))
+    return [
+        replace(make_batch([part], "shared"), **rows_after_prompt(part), prompt=prompt)
+        for part in cut(bare, token_budget, "shared")
+        if part.longest_completion
+    ]
+
+
+def rows_after_prompt(group: Group) -> dict:
+    """One row of completions whose prompt was read before. Its last hidden state stands before those of the row."""
+    written = [completion for completion in group.completions if completion]
+    starts = list(accumulate(map(len, written), initial=1))
+    predictors = [[0, *range(start, start + len(c) - 1)] for start, c in zip(starts, written, strict=False)]
+    return {
+        "segments": tuple(Segment(len(completion), BEFORE) for completion in written),
+        "predictors_N": torch.tensor([place for places in predictors for place in places], dtype=torch.long),
+    }
 
 
 def split_by_token_budget(groups: Sequence[Group], token_budget: int, form: Form = "padded") -> list[list[Group]]:

@@ -16,7 +16,16 @@ from torch.utils.checkpoint import checkpoint
 from rollouts.inputs import PICTURE_INPUTS, TOKEN_INPUTS, position_ids
 from sail_rl.batch import TrainingBatch
 from sail_rl.losses import PolicyTerms, token_log_probs
-from sail_rl.model.prefix_sharing import NO_MASK, Layout, layout_of, obstacle, segment_positions, use_segments
+from sail_rl.model.prefix_sharing import (
+    NO_MASK,
+    Layout,
+    ReadPrompt,
+    layout_of,
+    obstacle,
+    read_prompt,
+    segment_positions,
+    use_segments,
+)
 from sail_rl.model.segment_kernels import IMPLEMENTATIONS, Attention
 
 LOGITS_AT_ONCE = 2**25  # 128 MiB in float32; more are computed in parts, and again for the gradient
@@ -31,13 +40,27 @@ class Policy(nn.Module):
         if obstacle(model) is None:
             use_segments(model, IMPLEMENTATIONS[attention])
 
-    def forward(self, batch: TrainingBatch, temperature: float = 1.0, suppressed: Sequence[int] = ()) -> PolicyTerms:
-        return token_terms(self.model, batch, temperature, suppressed)
+    def forward(
+        self,
+        batch: TrainingBatch,
+        temperature: float = 1.0,
+        suppressed: Sequence[int] = (),
+        prompt: ReadPrompt | None = None,
+    ) -> PolicyTerms:
+        return token_terms(self.model, batch, temperature, suppressed, prompt)
 
 
-def token_terms(model, batch: TrainingBatch, temperature: float = 1.0, suppressed: Sequence[int] = ()) -> PolicyTerms:
+def token_terms(
+    model,
+    batch: TrainingBatch,
+    temperature: float = 1.0,
+    suppressed: Sequence[int] = (),
+    prompt: ReadPrompt | None = None,
+) -> PolicyTerms:
     """[B, C] terms of the completions' tokens as the sampler saw them; 0 beyond their ends."""
-    hidden_ND = hidden_states(model, batch).flatten(0, 1)[batch.predictors_N]
+    if batch.prompt is not None and prompt is None:
+        prompt = compute_prompt(model, batch.prompt)
+    hidden_ND = hidden_states(model, batch, prompt).flatten(0, 1)[batch.predictors_N]
     tokens_N = batch.completion_ids_BC.flatten()[batch.places_N]
     terms = terms_in_parts(model.get_output_embeddings(), hidden_ND, tokens_N, temperature, suppressed)
     zeros_BC = torch.zeros(batch.mask_BC.shape, device=hidden_ND.device)
@@ -46,20 +69,38 @@ def token_terms(model, batch: TrainingBatch, temperature: float = 1.0, suppresse
     return PolicyTerms(log_probs_BC, entropy_BC, likeliest_BC)
 
 
-def hidden_states(model, batch: TrainingBatch) -> torch.Tensor:
-    """[R, T, D] of the last layer."""
+def compute_prompt(model, batch: TrainingBatch) -> ReadPrompt:
+    """The forward pass over a row that is a prompt alone."""
+    layout = layout_of(batch.segments, record=True)
+    inputs = row_inputs(model, batch, layout)
+    hidden_1TD = model.base_model(use_cache=False, **inputs).last_hidden_state
+    highest_A1 = inputs["position_ids"].reshape(-1, hidden_1TD.shape[1]).amax(1, keepdim=True)
+    return read_prompt(hidden_1TD[0, -1:], highest_A1, layout)
+
+
+def hidden_states(model, batch: TrainingBatch, prompt: ReadPrompt | None = None) -> torch.Tensor:
+    """[R, T, D] of the last layer; after a prompt that was computed before, [1, 1 + T, D]."""
     if not batch.segments:
-        inputs: dict[str, Any] = {"attention_mask": batch.attention_mask_RT, **batch.model_inputs}
+        inputs = {"input_ids": batch.input_ids_RT, "attention_mask": batch.attention_mask_RT, **batch.model_inputs}
     else:
-        layout = layout_of(batch.segments)
-        pictures = {name: tensor for name, tensor in batch.model_inputs.items() if name in PICTURE_INPUTS}
-        mask, positions = NO_MASK.to(batch.input_ids_RT.device), row_positions(model, batch, layout)
-        inputs = {"attention_mask": mask, "position_ids": positions, "layout": layout, **pictures}
-    return model.base_model(input_ids=batch.input_ids_RT, use_cache=False, **inputs).last_hidden_state
+        inputs = row_inputs(model, batch, layout_of(batch.segments, prompt))
+    hidden_RTD = model.base_model(use_cache=False, **inputs).last_hidden_state
+    return hidden_RTD if prompt is None else torch.cat([prompt.last_1D[None].to(hidden_RTD.dtype), hidden_RTD], dim=1)
+
+
+def row_inputs(model, batch: TrainingBatch, layout: Layout) -> dict[str, Any]:
+    """What the model is given for a row of segments."""
+    pictures = {name: tensor for name, tensor in batch.model_inputs.items() if name in PICTURE_INPUTS}
+    mask, positions = NO_MASK.to(batch.input_ids_RT.device), row_positions(model, batch, layout)
+    tokens = {"input_ids": batch.input_ids_RT, "attention_mask": mask, "position_ids": positions}
+    return tokens | {"layout": layout} | pictures
 
 
 def row_positions(model, batch: TrainingBatch, layout: Layout) -> torch.Tensor:
     """Positions of a row of segments: [1, T], or [3, 1, T] where the model counts time, height and width apart."""
+    if layout.prompt is not None:
+        row_AT = segment_positions(layout.prompt.positions_A1[:, :0], layout)
+        return row_AT if len(row_AT) == 1 else row_AT[:, None]
     of_heads = torch.tensor([prefix is None for prefix in layout.prefixes])
     lengths_K = torch.tensor(layout.lengths)[of_heads]
     in_heads_T = of_heads.repeat_interleave(torch.tensor(layout.lengths)).to(batch.input_ids_RT.device)

@@ -28,7 +28,7 @@ def train(recipe: GrpoRecipe) -> None:
     from sail_rl.profiling import Profile, written_groups
     from sail_rl.questions import question_stream
     from sail_rl.transcripts import save_transcript
-    from sail_rl.update import make_groups, update_policy
+    from sail_rl.update import make_groups, prompts_apart, update_policy
 
     rollout, grpo, trainer = recipe.rollout, recipe.grpo, recipe.trainer
     group_size = rollout.num_generations
@@ -48,7 +48,7 @@ def train(recipe: GrpoRecipe) -> None:
 
     # Optimizer, engine, and where a resumed run stands.
     prepare_for_training(policy, trainer.gradient_checkpointing)
-    attention = choose_attention(run, policy)
+    attention, apart = choose_attention(run, policy), prompts_apart(run, policy)
     model, optimizer = run.accelerator.prepare(Policy(policy, attention), make_optimizer(policy, recipe.optim))
     record_environment(run, model)
     reference = starting_policy(recipe.model, recipe.seed, policy, attention) if grpo.beta else None
@@ -82,7 +82,8 @@ def train(recipe: GrpoRecipe) -> None:
                     advantages = group_advantages(rewards_N, group_size, grpo.scale_rewards)
                     groups = make_groups(questions, rollouts, advantages, run.shard, keep_all)
                     form = form or choose_form(run, policy, groups)
-                    batches = make_batches(groups, recipe.update.token_budget, idle, run.highest, form or "padded")
+                    budget = recipe.update.token_budget
+                    batches = make_batches(groups, budget, idle, run.highest, form or "padded", apart)
                     scored_lengths = [outcome.length for outcome in outcomes if outcome.reward is not None]
                     normaliser = loss_normaliser(grpo.loss_type, scored_lengths, rollout.max_completion_length)
                     learning_rate = set_learning_rate(optimizer, recipe.optim, step, trainer.max_steps)

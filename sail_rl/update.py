@@ -3,11 +3,14 @@
 Suffixes: _B rows, _C tokens of a completion.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 
 from rollouts import Rollout
 from sail_rl.advantage import Advantages
@@ -17,8 +20,9 @@ from sail_rl.launch import Run
 from sail_rl.losses import balance_loss, masked_sum, policy_loss, supervised_loss
 from sail_rl.model.frozen_tower import features_kept, has_frozen_tower
 from sail_rl.model.lora import StartingModel
+from sail_rl.model.prefix_sharing import ReadPrompt
 from sail_rl.model.router import experts_per_token, find_routers, recorded_routers
-from sail_rl.policy import Policy
+from sail_rl.policy import Policy, compute_prompt
 from sail_rl.questions import Question
 
 
@@ -56,7 +60,7 @@ def update_policy(
     suppressed: Sequence[int],
 ) -> dict[str, Any]:
     """`grpo.num_iterations` optimizer steps on one step's rollouts; figures for the log."""
-    recipe, device = run.recipe, run.accelerator.device
+    recipe = run.recipe
     grpo, temperature = recipe.grpo, recipe.rollout.temperature
     old_log_probs: dict[int, torch.Tensor] = {}
     sums = {"loss": 0.0, "tokens": 0.0, "entropy": 0.0, "clipped": 0.0, "kl": 0.0, "balance": 0.0, "largest_share": 0.0}
@@ -66,12 +70,11 @@ def update_policy(
     features: list[Any] = [[] if keep else None for _ in batches]
     for _ in range(grpo.num_iterations):
         optimizer.zero_grad()
-        for number, batch in enumerate(batches):
-            batch = batch.to(device)
+        for number, (batch, prompt) in enumerate(after_their_prompts(run, model, batches)):
             reference_BC = reference_log_probs(run, reference, batch, suppressed, features[number])
             with sync_gradients(run, model, last=number == len(batches) - 1):
                 with recorded_routers(model) as router_logits, features_kept(model, features[number]):
-                    terms = model(batch, temperature, suppressed)
+                    terms = model(batch, temperature, suppressed, prompt)
                 # The first pass is on-policy: its own log-probabilities are the old ones, at no extra cost.
                 old_BC = old_log_probs.setdefault(number, terms.log_probs_BT.detach())
                 loss, batch_sums = policy_loss(
@@ -97,6 +100,35 @@ def update_policy(
     sums = run.sum(sums)
     figures = update_figures(sums, grpo.num_iterations, grad_norm, with_kl=reference is not None)
     return figures | routing_figures(model, sums, grpo.num_iterations)
+
+
+def prompts_apart(run: Run, model) -> bool:
+    """Whether the backward pass of a prompt may follow those of several batches that read it.
+
+    Sharded weights are there only within the passes of their wrapper. A balance loss is summed over processes batch by
+    batch, and they may have different numbers of prompts.
+    """
+    whole = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    return run.accelerator.distributed_type in whole and not find_routers(model)
+
+
+def after_their_prompts(
+    run: Run, model, batches: Sequence[TrainingBatch]
+) -> Iterator[tuple[TrainingBatch, ReadPrompt | None]]:
+    """Each batch, and the prompt that was computed before it if there is one: once for all batches that share it.
+
+    When these have had their backward passes, which is when the next batch is asked for, the prompt has its own.
+    """
+    device = run.accelerator.device
+    for _, sharing in groupby(batches, key=lambda batch: id(batch.prompt)):
+        first, *others = sharing
+        row = first.prompt and first.prompt.to(device)
+        with run.accelerator.autocast():
+            prompt = compute_prompt(run.accelerator.unwrap_model(model).model, row) if row else None
+        for batch in (first, *others):
+            yield replace(replace(batch, prompt=None).to(device), prompt=row), prompt
+        if prompt:
+            prompt.backward()
 
 
 def update_supervised(run: Run, model, optimizer, batches: Sequence[TrainingBatch]) -> dict[str, Any]:

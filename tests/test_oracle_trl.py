@@ -153,6 +153,9 @@ class Recorder:
     def autocast(self):
         return nullcontext()
 
+    def unwrap_model(self, model):
+        return model
+
     def clip_grad_norm_(self, parameters, max_norm):
         return torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
 
@@ -161,7 +164,7 @@ class Recorder:
         nudge(self.model, seed=2)
 
 
-def our_side(world, off_policy, token_budget=BIG, keep_all=True, idle=None, temperature=1.0, form="padded", **settings):
+def our_side(world, off_policy, token_budget=BIG, keep_all=True, idle=None, temperature=1.0, form="padded", apart=False, **settings):
     """(loss, gradient of every parameter, log figures, rows of each micro-batch), by what `train_grpo.py` calls."""
     grpo = GrpoSection(**settings, num_iterations=2 if off_policy else 1)
     model = copy.deepcopy(world.policy).train()
@@ -171,7 +174,7 @@ def our_side(world, off_policy, token_budget=BIG, keep_all=True, idle=None, temp
     advantages = group_advantages(REWARDS, GROUP, grpo.scale_rewards)
     groups = make_groups(world.questions, world.rollouts, advantages, Shard(), keep_all)
     idle = idle or idle_group(world.processor, with_picture=False)
-    batches = make_batches(groups, token_budget, idle, form=form)
+    batches = make_batches(groups, token_budget, idle, form=form, prompts_apart=apart)
     normaliser = loss_normaliser(grpo.loss_type, [len(rollout.token_ids) for rollout in world.rollouts], LONGEST)
     reference = Policy(world.reference) if grpo.beta else None
     figures = update_policy(run, Policy(model), reference, recorder, batches, normaliser, suppressed=())
@@ -219,6 +222,16 @@ def test_micro_batches_and_idle_rows_change_nothing(world, loss_type):
     # A group beyond the budget is cut; the batch of text alone got the idle row.
     assert sorted(rows) == [2, 2, GROUP, GROUP, GROUP + 1]
     assert_same(cut, whole)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_prompts_computed_apart_change_nothing(world, loss_type):
+    """Two iterations and a KL term; every group is beyond the budget."""
+    settings = {"loss_type": loss_type, "beta": 0.04, "epsilon": 0.1, "temperature": 0.7}
+    *whole, _, _ = our_side(world, off_policy=True, **settings)
+    *apart, _, rows = our_side(world, off_policy=True, form="shared", token_budget=8, apart=True, **settings)
+    assert len(rows) > len(world.rows) / GROUP + 1  # the last is the idle row
+    assert_same(apart, whole)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

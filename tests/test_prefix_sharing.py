@@ -1,19 +1,25 @@
 """Rows of segments are exact: log-probabilities and every gradient are those of padded rows, for every family."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from families import FAMILIES, make_world
 from tiny_models import groups as questions_of_mixture
 from tiny_models import mixture, processor_for_questions
 
 from rollouts import Prompt
 from sail_rl.batch import Group, Segment, make_batch, make_batches, pack, size
+from sail_rl.data.stream import Shard
+from sail_rl.launch import Run
 from sail_rl.model import prefix_sharing
+from sail_rl.model.frozen_tower import vision_tower
 from sail_rl.model.load import prepare_for_training
 from sail_rl.model.prefix_sharing import Layout, obstacle, segment_attention
 from sail_rl.policy import Policy
+from sail_rl.update import after_their_prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Of each question: ragged, of one token, empty.
@@ -33,13 +39,14 @@ def ragged_groups(prompts, vocabulary):
     ]
 
 
-def log_probs_and_gradients(model, groups, form, budget=10**6):
+def log_probs_and_gradients(model, groups, form, budget=10**6, prompts_apart=False):
     """Of a loss that weighs every token differently, in one or more micro-batches."""
     policy, idle = Policy(model), Group(groups[0].prompt, [[10]], trained=False)
     model.zero_grad()
     found = {}
-    for batch in make_batches(groups, budget, idle, form=form):
-        terms = policy(batch, 0.8, (5,))
+    batches = make_batches(groups, budget, idle, form=form, prompts_apart=prompts_apart)
+    for batch, prompt in after_their_prompts(Run(None, Path(), Accelerator(cpu=True), Shard()), policy, batches):
+        terms = policy(batch, 0.8, (5,), prompt)
         weights_BC = batch.advantages_B[:, None] * torch.arange(1, batch.mask_BC.shape[1] + 1)
         (terms.log_probs_BT * weights_BC * batch.mask_BC).sum().backward()
         for tokens, mask, values in zip(batch.completion_ids_BC, batch.mask_BC, terms.log_probs_BT, strict=True):
@@ -94,6 +101,49 @@ def test_gradient_checkpointing_and_parts_of_logits_change_nothing(case, padded,
         model.eval()
 
 
+def tokens_read(model, run):
+    """Tokens that pass through the language model's embedding while `run` is called, and tiles through its tower."""
+    counts = {"tokens": 0, "tower": 0}
+    tower = vision_tower(model)
+
+    def count(name):
+        def hook(module, inputs, *_):
+            counts[name] += inputs[0].numel() if name == "tokens" else 1
+
+        return hook
+
+    hooks = [model.get_input_embeddings().register_forward_hook(count("tokens"))]
+    hooks.append(tower.register_forward_hook(count("tower")))
+    run()
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_group_too_large_for_a_row_has_its_prompt_computed_once(case, padded, checkpointing):
+    model, groups = case
+    prepare_for_training(model, checkpointing)
+    try:
+        apart = log_probs_and_gradients(model, groups, "shared", budget=8, prompts_apart=True)
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
+    assert_same(apart, padded)
+
+
+def test_the_prompt_of_a_large_group_passes_once(case):
+    """Also its pictures; its completions in two rows."""
+    model, groups = case
+    group = next(group for group in groups if group.prompt.model_inputs and len(group.completions) > 1)
+    budget = sum(map(len, group.completions)) - 1
+    batches = make_batches([group], budget, group, form="shared", prompts_apart=True)
+    assert len(batches) == 3  # and an idle one, whose backward pass is the one with an exchange of gradients
+    assert batches[0].prompt is batches[1].prompt is not None
+    counts = tokens_read(model, lambda: log_probs_and_gradients(model, [group], "shared", budget, prompts_apart=True))
+    assert counts == {"tokens": len(group.prompt.token_ids) * 2 + 1 + budget + 1, "tower": 2}
+
+
 def test_pictures_are_read_once_for_a_group(case):
     group = next(group for group in case[1] if group.prompt.model_inputs and len(group.completions) > 1)
     tiles = len(group.prompt.model_inputs["pixel_values"])
@@ -125,8 +175,8 @@ def test_a_wrong_layout_is_seen(case, padded, monkeypatch, name):
     right = prefix_sharing.Layout
 
     class Wrong(right):
-        def __init__(self, lengths, prefixes):
-            super().__init__(lengths, prefixes)
+        def __init__(self, lengths, prefixes, *others):
+            super().__init__(lengths, prefixes, *others)
             lengths, prefixes = BROKEN[name](lengths, prefixes)
             object.__setattr__(self, "read_lengths", lengths)
             object.__setattr__(self, "read_prefixes", prefixes)

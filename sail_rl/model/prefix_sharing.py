@@ -19,12 +19,54 @@ ATTENTION = "sail_rl_segments"
 NO_MASK = torch.zeros(1, 1, 1, 1)  # a mask of four axes is taken for ready-made; segments need none
 
 
+BEFORE = -1  # the number of the segment that was computed before the row
+
+
+@dataclass(frozen=True)
+class ReadPrompt:
+    """A prompt that was computed before the rows which read it, for a group too large for one row.
+
+    The rows leave their gradients at copies that are cut off from the prompt's graph, in float32 so that a sum over
+    many rows is not rounded at each. From there `backward` takes them on.
+    """
+
+    last_1D: torch.Tensor
+    """The hidden state that predicts the first tokens."""
+    positions_A1: torch.Tensor
+    """The highest position on each axis."""
+    keys_values: list[tuple[torch.Tensor, torch.Tensor]]
+    """Of each layer, [1, heads, P, width]."""
+    computed: list[torch.Tensor]
+    """What these are copies of."""
+
+    def backward(self) -> None:
+        """The prompt's own backward pass, when all rows have had theirs."""
+        leaves = [self.last_1D, *(tensor for pair in self.keys_values for tensor in pair)]
+        reached = [(own, leaf) for own, leaf in zip(self.computed, leaves, strict=True) if leaf.grad is not None]
+        gradients = [leaf.grad.to(own.dtype) for own, leaf in reached if leaf.grad is not None]
+        if reached:
+            torch.autograd.backward([own for own, _ in reached], gradients)
+
+
+def read_prompt(last_1D: torch.Tensor, positions_A1: torch.Tensor, layout: "Layout") -> ReadPrompt:
+    """From the forward pass over a row with this layout, which is the prompt alone."""
+    assert layout.recorded is not None
+    layers = [layout.recorded[number] for number in sorted(layout.recorded)]
+    computed = [last_1D, *(tensor for pair in layers for tensor in pair)]
+    last, *rest = (tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in computed)
+    return ReadPrompt(last, positions_A1, list(zip(rest[::2], rest[1::2], strict=True)), computed)
+
+
 @dataclass(frozen=True)
 class Layout:
-    """The segments of a row: their lengths, and the number of the segment that each reads first, or None."""
+    """The segments of a row: their lengths, and the number of the segment that each reads first, BEFORE or None."""
 
     lengths: tuple[int, ...]
     prefixes: tuple[int | None, ...]
+    prompt: ReadPrompt | None = None
+    """What segments read whose prefix is BEFORE."""
+    recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+    """Keys and values by layer are noted here, if somebody wants them."""
     masks: dict[tuple, Any] = field(default_factory=dict, compare=False)
     """Made once for all layers, as the kernel that computes them needs it."""
 
@@ -54,6 +96,9 @@ def segment_attention(
         mask = attention_mask
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     query, key, value = in_one_dtype(query, key, value)
+    layer: Any = getattr(module, "layer_idx", None)
+    if layout.recorded is not None:
+        layout.recorded[layer] = (key, value)
     # One split each: its backward is one concatenation, where slices would each fill a row of zeros.
     queries, keys, values = (tensor.split(layout.lengths, dim=2) for tensor in (query, key, value))
     grouped: Any = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
@@ -62,7 +107,11 @@ def segment_attention(
         if prefix is None:
             outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, **grouped))
             continue
-        k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
+        if prefix == BEFORE and layout.prompt is not None:
+            read_k, read_v = (tensor.to(k.dtype) for tensor in layout.prompt.keys_values[layer])
+        else:
+            read_k, read_v = keys[prefix], values[prefix]
+        k, v = torch.cat([read_k, k], dim=2), torch.cat([read_v, v], dim=2)
         length, both = q.shape[2], k.shape[2]
         # CUDA has a kernel for causality from the lower right corner; elsewhere the mask is spelled out.
         mask = causal_lower_right(length, both) if q.is_cuda else layout.mask(length, both - length, q)
@@ -105,9 +154,10 @@ def obstacle(model) -> str | None:
     return None
 
 
-def layout_of(segments: Sequence[Any]) -> Layout:
+def layout_of(segments: Sequence[Any], prompt: ReadPrompt | None = None, record: bool = False) -> Layout:
     """What attention needs of a row's segments."""
-    return Layout(tuple(segment.length for segment in segments), tuple(segment.prefix for segment in segments))
+    lengths, prefixes = (tuple(getattr(segment, name) for segment in segments) for name in ("length", "prefix"))
+    return Layout(lengths, prefixes, prompt, {} if record else None)
 
 
 def segment_positions(starts: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -121,6 +171,7 @@ def segment_positions(starts: torch.Tensor, layout: Layout) -> torch.Tensor:
         if prefix is None:
             parts.append(next(heads))
         else:
-            count = torch.arange(1, length + 1, device=starts.device) + parts[prefix].max()
+            before = layout.prompt.positions_A1 if prefix == BEFORE and layout.prompt else parts[prefix]
+            count = torch.arange(1, length + 1, device=starts.device) + before.max()
             parts.append(count.expand(starts.shape[0], -1))
     return torch.cat(parts, dim=1)

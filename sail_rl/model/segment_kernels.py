@@ -158,8 +158,9 @@ def implementation(kernel: Callable[..., torch.Tensor]) -> Callable[..., tuple[t
     """transformers' attention function by a kernel for rows of segments; other calls stay what they were."""
 
     def attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
-        if layout is None:
-            return segment_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        # A prompt that stands outside the row, or will, is for the calls per segment.
+        if layout is None or layout.prompt is not None or layout.recorded is not None:
+            return segment_attention(module, query, key, value, attention_mask, scaling, layout=layout, **kwargs)
         return kernel(*in_one_dtype(query, key, value), layout, scaling), None
 
     return attention
