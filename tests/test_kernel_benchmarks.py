@@ -26,6 +26,7 @@ def rows_of(benchmark, monkeypatch, folder):
 
 def test_kernels_gives_every_variant(monkeypatch, tmp_path):
     """What is compiled is traced here, not made into code, which takes half a minute."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # the command's own is taken back
     compile_module, compiled = torch.nn.Module.compile, []
 
     def traced(module, **options):
