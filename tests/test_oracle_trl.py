@@ -164,7 +164,17 @@ class Recorder:
         nudge(self.model, seed=2)
 
 
-def our_side(world, off_policy, token_budget=BIG, keep_all=True, idle=None, temperature=1.0, form="padded", apart=False, **settings):
+def our_side(
+    world,
+    off_policy,
+    token_budget=BIG,
+    keep_all=True,
+    idle=None,
+    temperature=1.0,
+    form="padded",
+    apart=False,
+    **settings,
+):
     """(loss, gradient of every parameter, log figures, rows of each micro-batch), by what `train_grpo.py` calls."""
     grpo = GrpoSection(**settings, num_iterations=2 if off_policy else 1)
     model = copy.deepcopy(world.policy).train()
