@@ -15,6 +15,7 @@ def train(recipe: GrpoRecipe) -> None:
     from rollouts.hf import HFEngine
     from sail_rl import checkpoint, scoring
     from sail_rl.advantage import group_advantages
+    from sail_rl.balance import share_work
     from sail_rl.batch import idle_group, make_batches
     from sail_rl.batch_form import choose_attention, choose_form
     from sail_rl.eval import accuracy_now, predictions_once
@@ -82,6 +83,7 @@ def train(recipe: GrpoRecipe) -> None:
                     advantages = group_advantages(rewards_N, group_size, grpo.scale_rewards)
                     groups = make_groups(questions, rollouts, advantages, run.shard, keep_all)
                     form = form or choose_form(run, policy, groups)
+                    groups = share_work(run, groups, form or "padded")
                     budget = recipe.update.token_budget
                     batches = make_batches(groups, budget, idle, run.highest, form or "padded", apart)
                     scored_lengths = [outcome.length for outcome in outcomes if outcome.reward is not None]

@@ -13,6 +13,7 @@ def train(recipe: SftRecipe) -> None:
     # Imported here, so that mistakes in a recipe are answered before torch loads.
     from rollouts.hf import HFEngine
     from sail_rl import checkpoint
+    from sail_rl.balance import share_work
     from sail_rl.batch import Group, idle_group, make_batches
     from sail_rl.batch_form import choose_attention, choose_form
     from sail_rl.eval import accuracy_now, predictions_once
@@ -57,6 +58,7 @@ def train(recipe: SftRecipe) -> None:
                     samples = stream.next_items(sft.samples_per_step)
                     groups = [Group(sample.prompt, [sample.target_ids]) for sample in samples]
                     form = form or choose_form(run, policy, groups)
+                    groups = share_work(run, groups, form or "padded")
                     batches = make_batches(groups, recipe.update.token_budget, idle, run.highest, form or "padded")
 
                 with watch.phase("update"):
