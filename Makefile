@@ -58,6 +58,8 @@ bench: install
 	$(BIN)/python benchmarks/memory.py --short
 	$(BIN)/python benchmarks/scaling.py --short
 	$(BIN)/python benchmarks/step.py --short
+	$(BIN)/python benchmarks/attention.py --short
+	$(BIN)/python benchmarks/kernels.py --short
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

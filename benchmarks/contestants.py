@@ -66,18 +66,19 @@ def our_contestant(
     optimizer_of: Callable[..., torch.optim.Optimizer] = make_optimizer,
     accelerator: Accelerator | None = None,
     token_budget: int | None = None,
+    shard: Shard | None = None,
 ) -> Contestant:
     """What train_grpo.py does between `make_batches` and the end of `update_policy`, with a change to the model."""
     recipe = our_recipe(mode)
     policy = copy.deepcopy(world.model)
     prepare_for_training(policy, recipe.trainer.gradient_checkpointing)
-    run = Run(recipe, Path(recipe.output_dir), accelerator or Accelerator(cpu=True), Shard())
+    run = Run(recipe, Path(recipe.output_dir), accelerator or Accelerator(cpu=True), shard or Shard())
     model, optimizer = run.accelerator.prepare(Policy(policy), optimizer_of(policy, recipe.optim))
     set_learning_rate(optimizer, recipe.optim, step=1, max_steps=1)
-    idle = idle_group(world.processor, with_picture=False)
+    idle = idle_group(world.processor, with_picture=run.shard.world_size > 1)
     advantages = group_advantages(world.rewards_N, world.cell.size, recipe.grpo.scale_rewards)
-    questions = [Question(None, prompt) for prompt in world.prompts]  # type: ignore[arg-type]
-    groups = make_groups(questions, world.rollouts, advantages, run.shard, keep_all=False)
+    questions = [Question(None, prompt) for prompt in run.shard.slice(world.prompts)]  # type: ignore[arg-type]
+    groups = make_groups(questions, run.shard.slice(world.rollouts), advantages, run.shard, keep_all=False)
     form = choose_form(run, policy, groups)
     assert form == mode  # none of them may be given up for this model
     change(policy)

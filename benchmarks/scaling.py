@@ -5,12 +5,18 @@
 Around one point, one axis at a time: tokens of the prompt, tokens of the longest completion, completions of a prompt,
 tiles of the picture at the same number of tokens, and layers of the model. The model is that of update.py, the form
 `shared`. All points are measured in turn, round after round; the table has each point's median by that of the middle.
+Last the axis of processes: one or two of them, with one thread each, share four groups; their growth is that of time.
 """
 
 import argparse
+import json
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.common import Timing, interleave, machine, markdown, medians, prepare_process, results_file, save
@@ -24,6 +30,7 @@ AXES = {
     "depth": (1, 2, 4),
 }
 ROUNDS, SHORT_ROUNDS = 5, 1
+PROCESSES = (1, 2)
 FORM = "shared"
 PASSES = 3  # the backward pass costs twice the forward
 COLUMNS = {
@@ -46,7 +53,8 @@ def main() -> None:
     prepare_process()
     result: dict[str, Any] = {"machine": machine()}
     started = time.perf_counter()
-    result["rows"] = measure(SHORT_ROUNDS if arguments.short else ROUNDS)
+    rounds = SHORT_ROUNDS if arguments.short else ROUNDS
+    result["rows"] = measure(rounds) + measure_processes(rounds)
     result["minutes"] = (time.perf_counter() - started) / 60
     save(arguments.json or results_file("scaling", arguments.short), result, report(result))
 
@@ -72,6 +80,30 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     timings = interleave(steps, rounds)
     flops = {point: PASSES * forward_flops(world) / 1e9 for point, world in worlds.items()}
     return [row(point, timings, flops) for point in worlds]
+
+
+def measure_processes(rounds: int) -> list[dict[str, Any]]:
+    """A row for each number of processes; in theory they have the work of one, each a part of it."""
+    seconds: dict[int, list[float]] = {count: [] for count in PROCESSES}
+    for _ in range(min(rounds, 2)):  # in turn
+        for count in PROCESSES:
+            seconds[count] += seconds_of_processes(count, rounds)
+    middles = {count: median(runs) for count, runs in seconds.items()}
+    return [
+        {"axis": "processes", "value": count, "seconds": middles[count], "cpu_seconds": None, "gflop": None}
+        | {"growth": middles[count] / middles[PROCESSES[0]], "theory": PROCESSES[0] / count}
+        for count in PROCESSES
+    ]
+
+
+def seconds_of_processes(count: int, rounds: int) -> list[float]:
+    """Of one update by so many processes, round by round."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "seconds.json"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        script = Path(__file__).with_name("processes.py")
+        subprocess.run([*launcher, str(script), str(file), str(rounds)], check=True)
+        return json.loads(file.read_text())
 
 
 def forward_flops(world) -> float:

@@ -2,9 +2,10 @@
 
     python benchmarks/step.py [--short] [--curve] [--json PATH]
 
-Two tasks: the quickstart's pictures from its SFT start, and long prompts with a larger, random model. `--curve` instead
-trains the quickstart with both, on three seeds, and compares greedy accuracy on 300 unseen questions over the number of
-rollouts. SFT starts and finished runs are kept in runs/benchmarks, so it can be stopped and run again.
+Three tasks: the quickstart from its SFT start, whose prompts have 31 tokens and whose tower is small; its pictures read by
+the model of update.py, random weights with the 2B's shares of tower and head; and long prompts for that model. `--curve`
+instead trains the quickstart with both, on three seeds, and compares greedy accuracy on 300 unseen questions over the
+number of rollouts. SFT starts and finished runs are kept in runs/benchmarks, so it can be stopped and run again.
 """
 
 import argparse
@@ -19,6 +20,7 @@ ROUNDS, SHORT_ROUNDS = 5, 1
 SEEDS, SHORT_SEEDS = (0, 1, 2), (0,)
 EVEN_TOKENS = str(Path(__file__).with_name("even_tokens.py")) + ":even_tokens"
 LONG_PROMPT, LONG_COMPLETION, LONG_PROMPTS = 512, 64, 2
+PICTURE_COMPLETION, PICTURE_PROMPTS = 48, 4
 
 
 def main() -> None:
@@ -39,7 +41,11 @@ def main() -> None:
     rounds = SHORT_ROUNDS if arguments.short else ROUNDS
     result["rows"] = [
         measure(name, make_task(arguments.short), rounds)
-        for name, make_task in (("pictures", picture_task), ("long prompts", long_task))
+        for name, make_task in (
+            ("quickstart", quickstart_task),
+            ("pictures, shares of the 2B", picture_task),
+            ("long prompts, shares of the 2B", long_task),
+        )
     ]
     save(arguments.json or results_file("step", arguments.short), result, phase_table(result["rows"]))
 
@@ -64,7 +70,7 @@ def measure(name: str, task, rounds: int) -> dict[str, Any]:
     return {"task": name, "rollouts": rollouts, "seconds": medians, "ratio": ratio, "ratio_vs_trl": whole}
 
 
-def picture_task(short: bool):
+def quickstart_task(short: bool):
     """The quickstart, after its SFT."""
     from benchmarks.full_step import Task
     from sail_rl.command_line import load_recipe
@@ -77,21 +83,35 @@ def picture_task(short: bool):
     return Task(recipe, model, processor, recipe.rollout.prompts_per_step * recipe.rollout.num_generations)
 
 
+def picture_task(short: bool):
+    """The quickstart's pictures and questions, a tile of 64 tokens each, on the model of update.py."""
+    from benchmarks.scaled_model import Cell, make_world
+
+    cards = {"source": "pictures", "families": ["cards"], "levels": [1], "forms": ["sum"]}
+    return random_task(make_world(Cell(256, PICTURE_COMPLETION)), "cards", cards, PICTURE_PROMPTS, PICTURE_COMPLETION)
+
+
 def long_task(short: bool):
     """Prompts of 512 tokens, completions of 64, two groups of eight a step, on the model of update.py."""
-    from benchmarks.full_step import Task
-    from benchmarks.scaled_model import GROUP, Cell, make_world
-    from sail_rl.config import GrpoRecipe
+    from benchmarks.scaled_model import Cell, make_world
 
     world = make_world(Cell(LONG_PROMPT, LONG_COMPLETION, groups=8))
-    folder = SHORT_RESULTS / "long"
-    rollout = {"prompts_per_step": LONG_PROMPTS, "num_generations": GROUP, "max_completion_length": LONG_COMPLETION}
+    rows = {"source": "file", "path": str(write_rows(world, SHORT_RESULTS / "long"))}
+    return random_task(world, "long", rows, LONG_PROMPTS, LONG_COMPLETION)
+
+
+def random_task(world, folder: str, rows: dict[str, Any], prompts: int, completion: int):
+    """Groups of eight on random weights, whose completions are all as long as they may be."""
+    from benchmarks.full_step import Task
+    from benchmarks.scaled_model import GROUP
+    from sail_rl.config import GrpoRecipe
+
     recipe = GrpoRecipe.model_validate(
         {
-            "output_dir": str(folder),
+            "output_dir": str(SHORT_RESULTS / folder),
             "model": {"random_init": "tiny"},  # not read: the model is made here
-            "data": {"train": {"source": "file", "path": str(write_rows(world, folder))}, "thinking": "direct"},
-            "rollout": rollout,
+            "data": {"train": rows, "thinking": "direct"},
+            "rollout": {"prompts_per_step": prompts, "num_generations": GROUP, "max_completion_length": completion},
             "rewards": [{"function": EVEN_TOKENS}],
             "trainer": {"max_steps": 1},
         }

@@ -116,6 +116,7 @@ def test_scaling_gives_every_point(monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "MIDDLE", {"prompt": 256, "completion": 8, "size": 4, "tiles": 2, "depth": 1})
     axes = {"prompt": (256, 384), "completion": (8, 16), "size": (2, 4), "tiles": (2,), "depth": (1, 2)}
     monkeypatch.setattr(scaling, "AXES", axes)
+    monkeypatch.setattr(scaling, "measure_processes", lambda rounds: [])  # has a test of its own
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--short", "--json", str(tmp_path / "scaling.json")])
     scaling.main()
@@ -130,6 +131,12 @@ def test_scaling_gives_every_point(monkeypatch, tmp_path):
     assert 1.6 < theory["depth", 2] < 1.8  # head, adapter and embedding of patches, a third of this model, stay single
     assert theory["size", 2] < 1 < theory["completion", 16]
     assert "| depth | 2 |" in (tmp_path / "scaling.md").read_text()
+
+
+@pytest.mark.dist
+def test_two_processes_share_an_update():
+    assert min(scaling.seconds_of_processes(2, rounds=1)) > 0
+    assert scaling.PROCESSES == (1, 2)
 
 
 def test_medians_and_tables():
