@@ -2,8 +2,8 @@
 
     python benchmarks/step.py [--short] [--curve] [--json PATH]
 
-Three tasks: the quickstart from its SFT start, whose prompts have 31 tokens and whose tower is small; its pictures read by
-the model of update.py, random weights with the 2B's shares of tower and head; and long prompts for that model. `--curve`
+Three tasks: the quickstart from its SFT start, whose prompts have 31 tokens and whose tower is small; its pictures read
+by the model of update.py, random weights with the 2B's shares of tower and head; and long prompts for it. `--curve`
 instead trains the quickstart with both, on three seeds, and compares greedy accuracy on 300 unseen questions over the
 number of rollouts. SFT starts and finished runs are kept in runs/benchmarks, so it can be stopped and run again.
 """
