@@ -1,6 +1,7 @@
 """Which form the batches of a run take: the cheapest that is exact for the model, as tried on its first questions."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -10,6 +11,7 @@ from sail_rl.launch import Run
 from sail_rl.losses import token_log_probs
 from sail_rl.model.prefix_sharing import obstacle
 from sail_rl.policy import token_terms
+from sail_rl.sharding import autocast
 
 TRIED_COMPLETIONS = 3
 MEANING = {
@@ -19,14 +21,17 @@ MEANING = {
 }
 
 
-def choose_form(run: Run, model, groups: Sequence[Group]) -> Form | None:
-    """What `update.mode` asks for, checked against the model's own forward pass; None while there is nothing to try."""
+def choose_form(run: Run, model, groups: Sequence[Group], weights=nullcontext) -> Form | None:
+    """What `update.mode` asks for, checked against the model's own forward pass; None while there is nothing to try.
+
+    `weights` is what the model has its weights within.
+    """
     mode = run.recipe.update.mode
     forms: list[Form] = ["shared", "packed"] if mode == "auto" else [mode]
     if not run.highest(len(groups)):
         return None
     for form in forms:
-        reason = None if form == "padded" else obstacle(model) or disagreement(run, model, groups, form)
+        reason = None if form == "padded" else obstacle(model) or disagreement(run, model, groups, form, weights)
         if reason is None:
             return announced(run, form)
         message = f"update.mode = {mode}: {form} rows would not be exact for {type(model).__name__}: {reason}"
@@ -44,10 +49,12 @@ def announced(run: Run, form: Form) -> Form:
     return form
 
 
-def disagreement(run: Run, model, groups: Sequence[Group], form: Form) -> str | None:
+def disagreement(run: Run, model, groups: Sequence[Group], form: Form, weights) -> str | None:
     """How far log-probabilities in this form are from the plain ones, if they are too far on any process."""
-    difference = mean_difference(run, model, groups, form) if groups else 0.0
-    exact = model.dtype == torch.float32 and run.accelerator.mixed_precision == "no"
+    with weights():
+        difference = mean_difference(run, model, groups, form) if groups else 0.0
+    with autocast(run):
+        exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
     allowed = 1e-4 if exact else 0.1
     worst = max(run.shard.gather([difference]))
     return None if worst <= allowed else f"log-probabilities differ by {worst:.2g} on average"
@@ -61,7 +68,7 @@ def mean_difference(run: Run, model, groups: Sequence[Group], form: Form) -> flo
     row, padded = (make_batch(few, form).to(run.accelerator.device) for form in (form, "padded"))
     was_training = model.training
     model.eval()
-    with run.accelerator.autocast():
+    with autocast(run):
         ours_BC, theirs_BC = token_terms(model, row).log_probs_BT, plain_log_probs(model, padded)
     model.train(was_training)
     return float(((ours_BC - theirs_BC).abs() * row.mask_BC).sum() / row.mask_BC.sum().clamp(min=1))

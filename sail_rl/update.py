@@ -4,7 +4,6 @@ Suffixes: _B rows, _C tokens of a completion.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from sail_rl.model.lora import StartingModel
 from sail_rl.model.router import experts_per_token, find_routers, recorded_routers
 from sail_rl.policy import Policy
 from sail_rl.questions import Question
+from sail_rl.sharding import autocast, clip_and_step, sync_gradients
 
 
 def make_groups(
@@ -92,8 +92,7 @@ def update_policy(
             batch_sums |= routing_sums | {"loss": float(loss.detach()), "tokens": float(batch.mask_BC.sum())}
             batch_sums["entropy"] = masked_sum(terms.entropy_BT, batch.mask_BC)
             sums = {name: total + batch_sums.get(name, 0.0) for name, total in sums.items()}
-        grad_norm = float(run.accelerator.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm))
-        optimizer.step()
+        grad_norm = clip_and_step(run, model, optimizer)
     sums = run.sum(sums)
     figures = update_figures(sums, grpo.num_iterations, grad_norm, with_kl=reference is not None)
     return figures | routing_figures(model, sums, grpo.num_iterations)
@@ -117,8 +116,7 @@ def update_supervised(run: Run, model, optimizer, batches: Sequence[TrainingBatc
         batch_sums["right"] = masked_sum(terms.likeliest_BT, batch.mask_BC)
         batch_sums["entropy"] = masked_sum(terms.entropy_BT, batch.mask_BC)
         sums = {name: total + batch_sums.get(name, 0.0) for name, total in sums.items()}
-    grad_norm = float(run.accelerator.clip_grad_norm_(model.parameters(), run.recipe.optim.max_grad_norm))
-    optimizer.step()
+    grad_norm = clip_and_step(run, model, optimizer)
     sums = run.sum(sums)
     figures = {
         "loss": sums["nll"] / tokens,
@@ -163,13 +161,8 @@ def reference_log_probs(
     if reference is None:
         return None
     module = reference.policy if isinstance(reference, StartingModel) else reference
-    with torch.no_grad(), run.accelerator.autocast(), features_kept(module, features):
+    with torch.no_grad(), autocast(run), features_kept(module, features):
         return reference(batch, run.recipe.rollout.temperature, suppressed).log_probs_BT
-
-
-def sync_gradients(run: Run, model, last: bool):
-    """Let processes exchange gradients in the last micro-batch alone."""
-    return nullcontext() if last else run.accelerator.no_sync(model)
 
 
 def update_figures(sums: dict[str, float], iterations: int, grad_norm: float, with_kl: bool) -> dict[str, Any]:
