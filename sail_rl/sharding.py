@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, In
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sail_rl.command_line import BadInput
@@ -76,6 +77,8 @@ def make_accelerator(recipe: CommonRecipe) -> Accelerator:
     )
     if asked == "FSDP" and on_cpu:
         shard_on_cpu(accelerator)
+    # Every process loads whole models. transformers would load them in parts for ZeRO-3, the reference model too.
+    unset_hf_deepspeed_config()
     check_launch(accelerator, asked)
     return accelerator
 
@@ -121,7 +124,6 @@ def deepspeed_mistakes(plugin: Any) -> list[str]:
     config = plugin.deepspeed_config
     told = {
         "zero_stage: 2 or 3 is needed": plugin.zero_stage not in ZERO,
-        "zero3_init_flag: set it to false": plugin.zero3_init_flag,
         "offload_param_device: set it to none": plugin.offload_param_device != "none",
     }
     for section in ("bf16", "fp16"):
@@ -274,7 +276,8 @@ def save_optimizer(run: Run, optimizer: Any, folder: Path) -> dict[str, Any]:
     sharding = sharding_of(run.accelerator)
     if sharding in (ZERO2, ZERO3):
         run.accelerator.wait_for_everyone()  # the folder is there
-        engine_of(run).save_checkpoint(str(folder), tag="deepspeed", exclude_frozen_parameters=True)
+        settings = {"tag": "state", "save_latest": False, "exclude_frozen_parameters": True}
+        engine_of(run).save_checkpoint(str(folder / "deepspeed"), **settings)
         return {"sharding": sharding, "processes": run.shard.world_size}
     state = optimizer.state_dict()
     if sharding == FSDP2:
@@ -294,7 +297,7 @@ def load_optimizer(run: Run, optimizer: Any, folder: Path, saved: dict[str, Any]
             f"else: launch as before, or begin another run from these weights with model.path={folder}"
         )
     if sharding in (ZERO2, ZERO3):
-        engine_of(run).load_checkpoint(str(folder), tag="deepspeed")
+        engine_of(run).load_checkpoint(str(folder / "deepspeed"), tag="state")
         return
     state = saved["optimizer"]
     if sharding == FSDP2:
