@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -114,7 +114,7 @@ def fsdp_mistakes(plugin: Any) -> list[str]:
         "fsdp_activation_checkpointing: leave it out, and set trainer.gradient_checkpointing": (
             plugin.activation_checkpointing
         ),
-        "fsdp_offload_params: set it to false": plugin.fsdp_version == 2 and bool(vars(plugin.cpu_offload)),
+        "fsdp_offload_params: set it to false": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
     }
     return [mistake for mistake, made in told.items() if made]
 
@@ -293,11 +293,12 @@ def load_optimizer(run: Run, optimizer: Any, folder: Path, saved: dict[str, Any]
     if here != (written_by, saved.get("processes")):
         writer = f"{saved['processes']} processes with {written_by}" if written_by else "FSDP2 or plain processes"
         raise BadInput(
-            f"{folder} was written by {writer}; DeepSpeed's optimizer state cannot be carried over to or from anything "
-            f"else: launch as before, or begin another run from these weights with model.path={folder}"
+            f"{folder} was written by {writer}; DeepSpeed's optimizer state cannot be carried over from or to anything "
+            "else: launch the run as it was begun, or begin another one with another output_dir"
         )
     if sharding in (ZERO2, ZERO3):
-        engine_of(run).load_checkpoint(str(folder / "deepspeed"), tag="state")
+        # Not strict: frozen weights are not in these files.
+        engine_of(run).load_checkpoint(str(folder / "deepspeed"), tag="state", load_module_strict=False)
         return
     state = saved["optimizer"]
     if sharding == FSDP2:
