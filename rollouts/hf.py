@@ -5,6 +5,7 @@ Tensor suffixes: _B prompts, _R rows that are still written (at first prompts x 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,8 +43,11 @@ class HFEngine:
     only its end tokens are taken over.
     """
 
-    def __init__(self, model, tokenizer, suppressed_token_ids: Sequence[int] = (), batch_size: int = 256):
+    def __init__(
+        self, model, tokenizer, suppressed_token_ids: Sequence[int] = (), batch_size: int = 256, weights=nullcontext
+    ):
         self.model = model
+        self.weights = weights  # what the model has its weights within, if it has them only now and then
         self.tokenizer = tokenizer
         self.suppressed_token_ids = list(suppressed_token_ids)
         self.batch_size = batch_size
@@ -63,7 +67,8 @@ class HFEngine:
         try:
             at_once = max(1, self.batch_size // group_size)
             parts = [prompts[start : start + at_once] for start in range(0, len(prompts), at_once)]
-            return [rollout for part in parts for rollout in self._generate_batch(part, group_size, sampling)]
+            with self.weights():
+                return [rollout for part in parts for rollout in self._generate_batch(part, group_size, sampling)]
         finally:
             self.model.train(was_training)
 

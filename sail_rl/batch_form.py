@@ -1,6 +1,7 @@
 """Which form the batches of a run take: the cheapest that is exact for the model, as tried on its first questions."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -12,6 +13,7 @@ from sail_rl.model.prefix_sharing import obstacle
 from sail_rl.model.segment_kernels import MEANING as KERNELS
 from sail_rl.model.segment_kernels import Attention, kernel_obstacle
 from sail_rl.policy import token_terms
+from sail_rl.sharding import autocast
 
 TRIED_COMPLETIONS = 3
 MEANING = {
@@ -25,7 +27,7 @@ def choose_attention(run: Run, model) -> Attention:
     """What `update.attention` asks for, refused where it cannot run; `auto` suits the device."""
     asked = run.recipe.update.attention
     wanted: Attention = "varlen" if asked == "auto" else asked
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.accelerator.mixed_precision, model.dtype)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.recipe.trainer.mixed_precision, model.dtype)
     device = run.accelerator.device
     reason = kernel_obstacle(wanted, model.config, device, dtype) or (wanted != "sdpa" and obstacle(model)) or None
     if reason and asked != "auto":
@@ -37,14 +39,17 @@ def choose_attention(run: Run, model) -> Attention:
     return chosen
 
 
-def choose_form(run: Run, model, groups: Sequence[Group]) -> Form | None:
-    """What `update.mode` asks for, checked against the model's own forward pass; None while there is nothing to try."""
+def choose_form(run: Run, model, groups: Sequence[Group], weights=nullcontext) -> Form | None:
+    """What `update.mode` asks for, checked against the model's own forward pass; None while there is nothing to try.
+
+    `weights` is what the model has its weights within.
+    """
     mode = run.recipe.update.mode
     forms: list[Form] = ["shared", "packed"] if mode == "auto" else [mode]
     if not run.highest(len(groups)):
         return None
     for form in forms:
-        reason = None if form == "padded" else obstacle(model) or disagreement(run, model, groups, form)
+        reason = None if form == "padded" else obstacle(model) or disagreement(run, model, groups, form, weights)
         if reason is None:
             return announced(run, form)
         message = f"update.mode = {mode}: {form} rows would not be exact for {type(model).__name__}: {reason}"
@@ -62,10 +67,12 @@ def announced(run: Run, form: Form) -> Form:
     return form
 
 
-def disagreement(run: Run, model, groups: Sequence[Group], form: Form) -> str | None:
+def disagreement(run: Run, model, groups: Sequence[Group], form: Form, weights) -> str | None:
     """How far log-probabilities in this form are from the plain ones, if they are too far on any process."""
-    difference = mean_difference(run, model, groups, form) if groups else 0.0
-    exact = model.dtype == torch.float32 and run.accelerator.mixed_precision == "no"
+    with weights():
+        difference = mean_difference(run, model, groups, form) if groups else 0.0
+    with autocast(run):
+        exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
     allowed = 1e-4 if exact else 0.1
     worst = max(run.shard.gather([difference]))
     return None if worst <= allowed else f"log-probabilities differ by {worst:.2g} on average"
@@ -79,7 +86,7 @@ def mean_difference(run: Run, model, groups: Sequence[Group], form: Form) -> flo
     row, padded = (make_batch(few, form).to(run.accelerator.device) for form in (form, "padded"))
     was_training = model.training
     model.eval()
-    with run.accelerator.autocast():
+    with autocast(run):
         ours_BC, theirs_BC = token_terms(model, row).log_probs_BT, plain_log_probs(model, padded)
     model.train(was_training)
     return float(((ours_BC - theirs_BC).abs() * row.mask_BC).sum() / row.mask_BC.sum().clamp(min=1))

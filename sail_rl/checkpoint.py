@@ -15,6 +15,7 @@ import torch
 from sail_rl.config import ModelSection
 from sail_rl.launch import Run
 from sail_rl.model.lora import has_adapters, load_adapters, merged, save_adapters
+from sail_rl.sharding import Whole, load_optimizer, save_optimizer, whole_parameters
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,27 @@ class Progress:
 
 
 def full_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every weight, for an engine to load; adapters merged, names those of the model without them."""
-    return merged(model, model.named_parameters())
+    """(name, tensor) of every weight, for an engine to load; adapters merged, names those of the model without them.
+
+    Weights that processes hold in parts are made whole one after another, so every process goes through all of them.
+    """
+    return merged(model, whole_parameters(model))
 
 
-def save_checkpoint(run: Run, model, processor, optimizer, progress: Progress) -> None:
+def save_checkpoint(run: Run, whole: Whole, processor, optimizer, progress: Progress) -> None:
     """Write `checkpoints/step_N` and drop the oldest beyond `trainer.save_total_limit`."""
-    if run.is_main and progress.step:
-        target = run.folder / "checkpoints" / f"step_{progress.step}"
-        temporary = target.with_name(f".{target.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        (save_adapters if has_adapters(model) else save_whole)(temporary, model)
-        processor.save_pretrained(temporary)
-        torch.save({"optimizer": optimizer.state_dict(), "progress": asdict(progress)}, temporary / "trainer_state.pt")
+    if not progress.step:
+        return
+    target = run.folder / "checkpoints" / f"step_{progress.step}"
+    temporary = target.with_name(f".{target.name}.tmp")
+    with whole.weights():
+        if run.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (save_adapters if has_adapters(whole.model) else save_whole)(temporary, whole.model)
+            processor.save_pretrained(temporary)
+    state = save_optimizer(run, optimizer, temporary) | {"progress": asdict(progress)}
+    if run.is_main:
+        torch.save(state, temporary / "trainer_state.pt")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         for old in list_checkpoints(run.folder)[: -run.recipe.trainer.save_total_limit]:
@@ -96,12 +105,16 @@ def resume_from(section: ModelSection, checkpoint: Path | None) -> ModelSection:
     return section.model_copy(update={"path": str(checkpoint), "random_init": None})
 
 
-def load_progress(checkpoint: Path | None, model, optimizer) -> Progress:
-    """Put optimizer and adapters back and say where the run stands. Other weights are loaded with the model."""
+def load_adapters_of(checkpoint: Path | None, model) -> None:
+    """Put a LoRA run's adapters back, before the model is wrapped; other weights are loaded with the model."""
+    if checkpoint is not None and has_adapters(model):
+        load_adapters(checkpoint, model)
+
+
+def load_progress(run: Run, checkpoint: Path | None, optimizer) -> Progress:
+    """Put the optimizer back and say where the run stands."""
     if checkpoint is None:
         return Progress()
-    if has_adapters(model):
-        load_adapters(checkpoint, model)
     state = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
+    load_optimizer(run, optimizer, checkpoint, state)
     return Progress(**state["progress"])

@@ -30,8 +30,9 @@ def evaluate(run: Run, engine: RolloutEngine, stream: RowStream[Question]) -> li
         questions = stream.next_items(wanted + -wanted % shard.world_size)
         # Beyond the end are rows read again: fillers for a last batch that cannot be shared equally.
         questions = [question for question in questions if question.prompt.seed < count]
+        # Also without questions, which the last batch may leave a process: the engine may need all of them.
+        rollouts = engine.generate([question.prompt for question in questions], 1, sampling)
         if questions:
-            rollouts = engine.generate([question.prompt for question in questions], 1, sampling)
             predictions += judge(questions, rollouts, run.recipe.data.thinking, run.folder)
     return sorted(shard.gather(predictions), key=lambda prediction: prediction.pop("position"))
 

@@ -8,14 +8,17 @@ from sail_rl.eval import Prediction, summarise
 from sail_rl.launch import Run, let_communication_end, result_lines
 from sail_rl.report import write_report
 from sail_rl.run_folder import write_json
+from sail_rl.sharding import Whole
 
 
 def finish_run(
-    run: Run, model, processor, progress: Progress, before: list[Prediction], after: list[Prediction]
+    run: Run, whole: Whole, processor, progress: Progress, before: list[Prediction], after: list[Prediction]
 ) -> None:
     """Write what a finished run leaves behind and say what came of it."""
+    with whole.weights():
+        if run.is_main:
+            save_model(run.folder / "final", whole.model, processor)
     if run.is_main:
-        save_model(run.folder / "final", model, processor)
         earlier = seconds_of_start(run.recipe.model.path)
         summary = summarise(before, after) | {
             "steps": progress.step,

@@ -70,22 +70,19 @@ def run_recipe(train: Callable[[Any], None], recipe: CommonRecipe) -> None:
 def start_run(recipe: RecipeType) -> Run[RecipeType]:
     """Processes, threads, seeds, trackers and the run's folder."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
     import transformers
-    from accelerate import Accelerator
     from accelerate.utils import gather_object, set_seed
+
+    from sail_rl.sharding import make_accelerator
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    log_with, precision = list(recipe.trainer.log_with) or None, recipe.trainer.mixed_precision
-    # Unless told, accelerate takes each of several processes on a CPU for a run of its own.
-    on_cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, log_with=log_with, project_dir=recipe.output_dir)
+    accelerator = make_accelerator(recipe)
     share_threads(accelerator)
     set_seed(recipe.seed)
     if accelerator.num_processes > 1:
         atexit.register(let_communication_end)
-    if log_with:
+    if recipe.trainer.log_with:
         accelerator.init_trackers("sail_rl", config=flat(recipe.model_dump(mode="json")))
     single = accelerator.num_processes == 1
     shard = Shard() if single else Shard(accelerator.process_index, accelerator.num_processes, gather_object)
@@ -139,9 +136,12 @@ def make_folder(run: Run) -> None:
 
 def record_environment(run: Run, model) -> None:
     """Versions, devices, processes, threads and the wrapper around the model, as environment.json."""
+    from sail_rl.sharding import sharding_of
+
     if run.is_main:
-        ours = {"wrapper": type(model).__name__, "data_workers": run.workers.count if run.workers else 0}
-        write_json(run.folder / "environment.json", environment(run.accelerator) | ours)
+        wrapper = {"wrapper": type(model).__name__, "sharding": sharding_of(run.accelerator)}
+        workers = {"data_workers": run.workers.count if run.workers else 0}
+        write_json(run.folder / "environment.json", environment(run.accelerator) | wrapper | workers)
 
 
 def flat(values: dict, prefix: str = "") -> dict:

@@ -7,14 +7,13 @@ name in `config.GrpoSection.loss_type`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class PolicyTerms:
-    """How the current policy sees the sampled tokens."""
+class PolicyTerms(NamedTuple):
+    """How the current policy sees the sampled tokens; a tuple, since FSDP2 and ZeRO-3 find tensors in no dataclass."""
 
     log_probs_BT: torch.Tensor
     """With gradient."""

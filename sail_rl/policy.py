@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -64,7 +65,8 @@ def token_terms(
     tokens_N = batch.completion_ids_BC.flatten()[batch.places_N]
     terms = terms_in_parts(model.get_output_embeddings(), hidden_ND, tokens_N, temperature, suppressed)
     zeros_BC = torch.zeros(batch.mask_BC.shape, device=hidden_ND.device)
-    placed = (zeros_BC.flatten().index_put((batch.places_N,), values_N.float()).view_as(zeros_BC) for values_N in terms)
+    places = torch.unravel_index(batch.places_N, zeros_BC.shape)
+    placed = (zeros_BC.index_put(places, values_N.float()) for values_N in terms)
     log_probs_BC, entropy_BC, likeliest_BC = placed
     return PolicyTerms(log_probs_BC, entropy_BC, likeliest_BC)
 
@@ -118,16 +120,16 @@ def row_positions(model, batch: TrainingBatch, layout: Layout) -> torch.Tensor:
 
 
 def terms_in_parts(
-    head: nn.Module, hidden_ND: torch.Tensor, tokens_N: torch.Tensor, temperature: float, suppressed: Sequence[int]
+    head: nn.Linear, hidden_ND: torch.Tensor, tokens_N: torch.Tensor, temperature: float, suppressed: Sequence[int]
 ) -> list[torch.Tensor]:
     """Log-probability and entropy of each token, and whether it is the likeliest."""
 
     def of_part(part_ND: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        terms = token_log_probs(head(part_ND), tokens, temperature, suppressed)
+        # Not `head(...)`: ZeRO-3 would gather it for each part, of which processes have different numbers.
+        terms = token_log_probs(linear(part_ND, head.weight, head.bias), tokens, temperature, suppressed)
         return terms.log_probs_BT, terms.entropy_BT, terms.likeliest_BT
 
-    vocabulary = head.weight.shape[0]  # type: ignore[index]
-    at_once = max(1, LOGITS_AT_ONCE // int(vocabulary))
+    at_once = max(1, LOGITS_AT_ONCE // head.out_features)
     if len(tokens_N) <= at_once:
         return list(of_part(hidden_ND, tokens_N))
     parts = zip(hidden_ND.split(at_once), tokens_N.split(at_once), strict=True)

@@ -28,6 +28,7 @@ def train(recipe: GrpoRecipe) -> None:
     from sail_rl.policy import Policy
     from sail_rl.profiling import Profile, written_groups
     from sail_rl.questions import question_stream
+    from sail_rl.sharding import prepare
     from sail_rl.transcripts import save_transcript
     from sail_rl.update import make_groups, prompts_apart, update_policy
 
@@ -41,6 +42,7 @@ def train(recipe: GrpoRecipe) -> None:
     check_divisible(run, "rollout.prompts_per_step", rollout.prompts_per_step)
     resumed = checkpoint.latest_checkpoint(run.folder)
     policy, processor = load_model(checkpoint.resume_from(recipe.model, resumed), recipe.seed)
+    checkpoint.load_adapters_of(resumed, policy)
     stream = question_stream(run, "train", processor)
     eval_stream = question_stream(run, "eval", processor)
     profile = Profile(run, policy)
@@ -50,12 +52,12 @@ def train(recipe: GrpoRecipe) -> None:
     # Optimizer, engine, and where a resumed run stands.
     prepare_for_training(policy, trainer.gradient_checkpointing)
     attention, apart = choose_attention(run, policy), prompts_apart(run, policy)
-    model, optimizer = run.accelerator.prepare(Policy(policy, attention), make_optimizer(policy, recipe.optim))
+    model, optimizer, whole = prepare(run, Policy(policy, attention), make_optimizer(policy, recipe.optim))
     record_environment(run, model)
-    reference = starting_policy(recipe.model, recipe.seed, policy, attention) if grpo.beta else None
-    progress = checkpoint.load_progress(resumed, policy, optimizer)
+    reference = starting_policy(recipe.model, recipe.seed, model, attention) if grpo.beta else None
+    progress = checkpoint.load_progress(run, resumed, optimizer)
     stream.position = progress.data_position
-    engine = HFEngine(policy, processor.tokenizer, suppressed, rollout.batch_size)
+    engine = HFEngine(whole.model, processor.tokenizer, suppressed, rollout.batch_size, whole.weights)
     engine.load_weights(checkpoint.full_parameters(policy), version=progress.step)
     scoring.try_on_data(run, rewards, engine, stream)
     before = predictions_once(run, "before", engine, eval_stream)
@@ -82,7 +84,7 @@ def train(recipe: GrpoRecipe) -> None:
                     rewards_N = scoring.reward_tensor(outcomes)
                     advantages = group_advantages(rewards_N, group_size, grpo.scale_rewards)
                     groups = make_groups(questions, rollouts, advantages, run.shard, keep_all)
-                    form = form or choose_form(run, policy, groups)
+                    form = form or choose_form(run, whole.model, groups, whole.weights)
                     groups = share_work(run, groups, form or "padded")
                     budget = recipe.update.token_budget
                     batches = make_batches(groups, budget, idle, run.highest, form or "padded", apart)
@@ -108,12 +110,12 @@ def train(recipe: GrpoRecipe) -> None:
                 if step in (1, trainer.max_steps) or step % trainer.transcript_every == 0:
                     save_transcript(run, step, questions, rollouts, scores, advantages)
                 if step == trainer.max_steps or step % trainer.save_every == 0:
-                    checkpoint.save_checkpoint(run, policy, processor, optimizer, progress)
+                    checkpoint.save_checkpoint(run, whole, processor, optimizer, progress)
     except BadInput:
         # A bad row or a failing reward in the middle of a run loses no work: every finished step is kept.
-        checkpoint.save_checkpoint(run, policy, processor, optimizer, progress)
+        checkpoint.save_checkpoint(run, whole, processor, optimizer, progress)
         raise
-    finish_run(run, policy, processor, progress, before, predictions_once(run, "after", engine, eval_stream))
+    finish_run(run, whole, processor, progress, before, predictions_once(run, "after", engine, eval_stream))
 
 
 if __name__ == "__main__":

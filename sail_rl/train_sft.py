@@ -25,6 +25,7 @@ def train(recipe: SftRecipe) -> None:
     from sail_rl.policy import Policy
     from sail_rl.profiling import Profile
     from sail_rl.questions import question_stream, sample_stream
+    from sail_rl.sharding import prepare
     from sail_rl.update import update_supervised
 
     sft, trainer = recipe.sft, recipe.trainer
@@ -34,6 +35,7 @@ def train(recipe: SftRecipe) -> None:
     check_divisible(run, "sft.samples_per_step", sft.samples_per_step)
     resumed = checkpoint.latest_checkpoint(run.folder)
     policy, processor = load_model(checkpoint.resume_from(recipe.model, resumed), recipe.seed)
+    checkpoint.load_adapters_of(resumed, policy)
     stream = sample_stream(run, processor)
     eval_stream = question_stream(run, "eval", processor)
     profile = Profile(run, policy)
@@ -42,11 +44,12 @@ def train(recipe: SftRecipe) -> None:
     # Optimizer, and where a resumed run stands.
     prepare_for_training(policy, trainer.gradient_checkpointing)
     attention = choose_attention(run, policy)
-    model, optimizer = run.accelerator.prepare(Policy(policy, attention), make_optimizer(policy, recipe.optim))
+    model, optimizer, whole = prepare(run, Policy(policy, attention), make_optimizer(policy, recipe.optim))
     record_environment(run, model)
-    progress = checkpoint.load_progress(resumed, policy, optimizer)
+    progress = checkpoint.load_progress(run, resumed, optimizer)
     stream.position = progress.data_position
-    engine = HFEngine(policy, processor.tokenizer, image_token_ids(policy, processor), trainer.eval_batch_size)
+    suppressed = image_token_ids(policy, processor)
+    engine = HFEngine(whole.model, processor.tokenizer, suppressed, trainer.eval_batch_size, whole.weights)
 
     watch, form = Stopwatch(), None
     try:
@@ -57,7 +60,7 @@ def train(recipe: SftRecipe) -> None:
                 with watch.phase("data"):
                     samples = stream.next_items(sft.samples_per_step)
                     groups = [Group(sample.prompt, [sample.target_ids]) for sample in samples]
-                    form = form or choose_form(run, policy, groups)
+                    form = form or choose_form(run, whole.model, groups, whole.weights)
                     groups = share_work(run, groups, form or "padded")
                     batches = make_batches(groups, recipe.update.token_budget, idle, run.highest, form or "padded")
 
@@ -74,12 +77,12 @@ def train(recipe: SftRecipe) -> None:
                 figures["tokens_per_second"] = figures["tokens/trained"] / sum(seconds.values())
                 log.write(step, figures | accuracy_now(run, step, engine, eval_stream))
                 if step == trainer.max_steps or step % trainer.save_every == 0:
-                    checkpoint.save_checkpoint(run, policy, processor, optimizer, progress)
+                    checkpoint.save_checkpoint(run, whole, processor, optimizer, progress)
     except BadInput:
         # A bad row in the middle of a run loses no work: every finished step is kept.
-        checkpoint.save_checkpoint(run, policy, processor, optimizer, progress)
+        checkpoint.save_checkpoint(run, whole, processor, optimizer, progress)
         raise
-    finish_run(run, policy, processor, progress, [], predictions_once(run, "after", engine, eval_stream))
+    finish_run(run, whole, processor, progress, [], predictions_once(run, "after", engine, eval_stream))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,11 @@ Suffixes: _B rows, _C tokens of a completion.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 
 from rollouts import Rollout
 from sail_rl.advantage import Advantages
@@ -24,6 +22,7 @@ from sail_rl.model.prefix_sharing import ReadPrompt
 from sail_rl.model.router import experts_per_token, find_routers, recorded_routers
 from sail_rl.policy import Policy, compute_prompt
 from sail_rl.questions import Question
+from sail_rl.sharding import autocast, clip_and_step, sharding_of, sync_gradients
 
 
 def make_groups(
@@ -95,8 +94,7 @@ def update_policy(
             batch_sums |= routing_sums | {"loss": float(loss.detach()), "tokens": float(batch.mask_BC.sum())}
             batch_sums["entropy"] = masked_sum(terms.entropy_BT, batch.mask_BC)
             sums = {name: total + batch_sums.get(name, 0.0) for name, total in sums.items()}
-        grad_norm = float(run.accelerator.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm))
-        optimizer.step()
+        grad_norm = clip_and_step(run, model, optimizer)
     sums = run.sum(sums)
     figures = update_figures(sums, grpo.num_iterations, grad_norm, with_kl=reference is not None)
     return figures | routing_figures(model, sums, grpo.num_iterations)
@@ -108,8 +106,7 @@ def prompts_apart(run: Run, model) -> bool:
     Sharded weights are there only within the passes of their wrapper. A balance loss is summed over processes batch by
     batch, and they may have different numbers of prompts.
     """
-    whole = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    return run.accelerator.distributed_type in whole and not find_routers(model)
+    return not sharding_of(run.accelerator) and not find_routers(model)
 
 
 def after_their_prompts(
@@ -123,7 +120,7 @@ def after_their_prompts(
     for _, sharing in groupby(batches, key=lambda batch: id(batch.prompt)):
         first, *others = sharing
         row = first.prompt and first.prompt.to(device)
-        with run.accelerator.autocast():
+        with autocast(run):
             prompt = compute_prompt(run.accelerator.unwrap_model(model).model, row) if row else None
         for batch in (first, *others):
             yield replace(replace(batch, prompt=None).to(device), prompt=row), prompt
@@ -149,8 +146,7 @@ def update_supervised(run: Run, model, optimizer, batches: Sequence[TrainingBatc
         batch_sums["right"] = masked_sum(terms.likeliest_BT, batch.mask_BC)
         batch_sums["entropy"] = masked_sum(terms.entropy_BT, batch.mask_BC)
         sums = {name: total + batch_sums.get(name, 0.0) for name, total in sums.items()}
-    grad_norm = float(run.accelerator.clip_grad_norm_(model.parameters(), run.recipe.optim.max_grad_norm))
-    optimizer.step()
+    grad_norm = clip_and_step(run, model, optimizer)
     sums = run.sum(sums)
     figures = {
         "loss": sums["nll"] / tokens,
@@ -195,13 +191,8 @@ def reference_log_probs(
     if reference is None:
         return None
     module = reference.policy if isinstance(reference, StartingModel) else reference
-    with torch.no_grad(), run.accelerator.autocast(), features_kept(module, features):
+    with torch.no_grad(), autocast(run), features_kept(module, features):
         return reference(batch, run.recipe.rollout.temperature, suppressed).log_probs_BT
-
-
-def sync_gradients(run: Run, model, last: bool):
-    """Let processes exchange gradients in the last micro-batch alone."""
-    return nullcontext() if last else run.accelerator.no_sync(model)
 
 
 def update_figures(sums: dict[str, float], iterations: int, grad_norm: float, with_kl: bool) -> dict[str, Any]:

@@ -5,27 +5,8 @@ import os
 
 import pytest
 from conftest import BIN, SMALL, SMALL_GRPO, command, torchrun
-from PIL import Image
 
 pytestmark = pytest.mark.dist
-
-REWARD = "def spread(completions, **columns):\n    return [float(sum(map(ord, text)) % 11) for text in completions]\n"
-
-
-@pytest.fixture(scope="module")
-def mixed_rows(tmp_path_factory):
-    """Rows with and without a picture, in runs, so that some process has text alone."""
-    folder = tmp_path_factory.mktemp("rows")
-    for number, colour in enumerate(["red", "green", "blue"]):
-        Image.new("RGB", (56, 56), colour).save(folder / f"{number}.png")
-    rows = [
-        {"question": f"Question {i}: what is it?", "answer": str(i), "reasoning": f"It is {i}, as can be seen."}
-        | ({"images": [f"{i % 3}.png"]} if i % 4 < 2 else {})
-        for i in range(16)
-    ]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "mine.py").write_text(REWARD)
-    return folder
 
 
 def losses(run) -> list[tuple[float, float, float]]:

@@ -197,7 +197,7 @@ def test_the_reference_is_the_starting_policy(base, batch):
     section = ModelSection(path=str(base / "dense"), lora=LoraSection(r=4, lora_alpha=8))
     policy, plain = trained(base), AutoModelForImageTextToText.from_pretrained(base / "dense")
     before = logits_of(policy, batch)
-    reference, start = starting_policy(section, 0, policy), Policy(plain)(batch).log_probs_BT
+    reference, start = starting_policy(section, 0, Policy(policy)), Policy(plain)(batch).log_probs_BT
     assert torch.equal(reference(batch).log_probs_BT, start)
     assert torch.equal(logits_of(policy, batch), before)
     assert all(parameter.requires_grad == (".lora_" in name) for name, parameter in policy.named_parameters())
@@ -216,7 +216,8 @@ def test_a_step_trains_the_adapters_alone_and_the_kl_is_to_the_start(base, proce
         policy, _ = load_model(section, seed=0)
         prepare_for_training(policy, checkpointing)
         start, optimizer = copy.deepcopy(policy.state_dict()), make_optimizer(policy, optim)
-        reference = starting_policy(section if how == "adapters off" else ModelSection(path=section.path), 0, policy)
+        start_section = section if how == "adapters off" else ModelSection(path=section.path)
+        reference = starting_policy(start_section, 0, Policy(policy))
         figures[how] = []
         for step in (1, 2, 3):
             set_learning_rate(optimizer, optim, step, 3)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import sail_rl.model  # noqa: F401  (registers SAIL-VL2 with the Auto classes)
@@ -109,11 +110,13 @@ def freeze(model, part: str) -> None:
         parameter.requires_grad_(False)
 
 
-def starting_policy(section: ModelSection, seed: int, model, attention: Attention = "sdpa") -> StartingModel | Policy:
-    """The policy that training starts from, on the model's device: loaded once more, or the model without adapters."""
+def starting_policy(
+    section: ModelSection, seed: int, policy: nn.Module, attention: Attention = "sdpa"
+) -> StartingModel | Policy:
+    """What the policy was before training, on its device: loaded once more, or the policy itself without adapters."""
     if section.lora:
-        return StartingModel(Policy(model, attention))
-    return Policy(load_model(section, seed)[0].eval().to(model.device), attention)
+        return StartingModel(policy)
+    return Policy(load_model(section, seed)[0].eval().to(next(policy.parameters()).device), attention)
 
 
 def picture_corpus() -> list[str]:

@@ -20,6 +20,7 @@ from torch import nn
 
 from sail_rl.command_line import BadInput
 from sail_rl.config import LoraSection
+from sail_rl.sharding import full, gathered
 
 ADAPTER = "default"  # peft's name for the only adapter of a model
 SERIALIZED_PREFIX = "base_model.model."  # before every name in peft's files
@@ -70,10 +71,15 @@ def merged(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> Ite
     for name, tensor in tensors:
         if name in layers:
             # Added in float32, so that weights of lower precision are rounded once.
-            delta = layers[name].get_delta_weight(ADAPTER)
-            tensor = (tensor.detach().float() + delta.detach().float()).to(tensor.dtype)
+            tensor = (tensor.detach().float() + delta_weight(layers[name]).float()).to(tensor.dtype)
         if ".lora_" not in name:
             yield name.replace(".base_layer.", "."), tensor.detach()
+
+
+def delta_weight(layer: Any) -> torch.Tensor:
+    """What a layer's adapter adds to its weight; whole, also where processes hold the adapter in parts."""
+    with gathered(layer.lora_A[ADAPTER]), gathered(layer.lora_B[ADAPTER]):
+        return full(layer.get_delta_weight(ADAPTER).detach())
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:

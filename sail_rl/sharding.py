@@ -1,0 +1,324 @@
+"""A model that several processes hold in parts: FSDP2, or DeepSpeed's ZeRO-2 and ZeRO-3, as the launcher asks.
+
+The launcher's configuration alone chooses (recipes/accelerate/). All that differs from plain data parallelism is here:
+how model and optimizer are wrapped, when gradients are exchanged, clipped and used, and how weights and optimizer state
+become whole again. Collectives are called by every process or by none: what one process skips, the others wait for.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sail_rl.command_line import BadInput
+from sail_rl.config import CommonRecipe
+from sail_rl.launch import Run
+from sail_rl.policy import Policy
+
+FSDP2, ZERO2, ZERO3 = "FSDP2", "ZeRO-2", "ZeRO-3"
+ZERO = {2: ZERO2, 3: ZERO3}
+CONFIGURATION = "the launcher's configuration"  # accelerate's file, which mistakes are to be mended in
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The model as engines and files need it: an ordinary module, called outside of the wrapper."""
+
+    model: Any
+    """The trained module itself, or a copy without weights of one that is in parts."""
+    weights: Callable[[], AbstractContextManager]
+    """Within this, the model has all its weights. Every process enters it or none."""
+
+
+# ---- which sharding
+
+
+def asked_for() -> str | None:
+    """FSDP or DEEPSPEED, if `accelerate launch` was told so."""
+    told = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"]
+    return told[0] if told else None
+
+
+def sharding_of(accelerator: Accelerator) -> str | None:
+    """FSDP2, ZeRO-2 or ZeRO-3; None where every process holds the whole model and optimizer."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return FSDP2
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return ZERO[accelerator.state.deepspeed_plugin.zero_stage]
+    return None
+
+
+def make_accelerator(recipe: CommonRecipe) -> Accelerator:
+    """accelerate as the launcher has set it up, with the recipe's precision; what would not be exact is refused."""
+    asked, on_cpu = asked_for(), not torch.accelerator.is_available()
+    accelerator = Accelerator(
+        # Unless told, accelerate takes each of several processes on a CPU for a run of its own; if told, it forgets
+        # DeepSpeed, and has to be given the backend instead.
+        cpu=on_cpu and asked != "DEEPSPEED",
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and asked == "DEEPSPEED" else None,
+        # Their own bfloat16 would cast the weights themselves; `prepare` gives them the autocast that all others have.
+        mixed_precision="no" if asked else recipe.trainer.mixed_precision,
+        log_with=list(recipe.trainer.log_with) or None,
+        project_dir=recipe.output_dir,
+    )
+    if asked == "FSDP" and on_cpu:
+        shard_on_cpu(accelerator)
+    # Every process loads whole models. transformers would load them in parts for ZeRO-3, the reference model too.
+    unset_hf_deepspeed_config()
+    check_launch(accelerator, asked)
+    return accelerator
+
+
+def shard_on_cpu(accelerator: Accelerator) -> None:
+    """accelerate turns to FSDP on accelerators alone; on a CPU it would train as DDP, without a word."""
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def check_launch(accelerator: Accelerator, asked: str | None) -> None:
+    """Launchers have trained as one process, or as another kind, without a word: what was asked for must be there."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != processes:
+        raise BadInput(f"{processes} processes were launched, but accelerate has made {accelerator.num_processes}")
+    if asked and accelerator.distributed_type != getattr(DistributedType, asked):
+        raise BadInput(f"{CONFIGURATION} asks for {asked}, but accelerate has made {accelerator.distributed_type}")
+    mistakes = []
+    if asked == "FSDP":
+        mistakes = fsdp_mistakes(accelerator.state.fsdp_plugin)
+    if asked == "DEEPSPEED":
+        mistakes = deepspeed_mistakes(accelerator.state.deepspeed_plugin)
+    if mistakes:
+        raise BadInput("\n  ".join([f"{CONFIGURATION} does not fit these trainers:", *mistakes]))
+
+
+def fsdp_mistakes(plugin: Any) -> list[str]:
+    """Settings with which a run would not be what the recipe says, each with what to do."""
+    told = {
+        "fsdp_version: 2 is needed": plugin.fsdp_version != 2,
+        "fsdp_cpu_ram_efficient_loading: set it to false": plugin.cpu_ram_efficient_loading,
+        "fsdp_activation_checkpointing: leave it out, and set trainer.gradient_checkpointing": (
+            plugin.activation_checkpointing
+        ),
+        "fsdp_offload_params: set it to false": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+    }
+    return [mistake for mistake, made in told.items() if made]
+
+
+def deepspeed_mistakes(plugin: Any) -> list[str]:
+    """The same of DeepSpeed."""
+    config = plugin.deepspeed_config
+    told = {
+        "zero_stage: 2 or 3 is needed": plugin.zero_stage not in ZERO,
+        "offload_param_device: set it to none": plugin.offload_param_device != "none",
+    }
+    for section in ("bf16", "fp16"):
+        told[f"{section}: leave it out, and set trainer.mixed_precision"] = config[section]["enabled"] is True
+    for section in ("optimizer", "scheduler"):
+        told[f"{section}: leave it out, and set it in the recipe's optim"] = section in config
+    return [mistake for mistake, made in told.items() if made]
+
+
+# ---- the wrapper
+
+
+def prepare(run: Run, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[Any, Any, Whole]:
+    """The wrapped policy, its optimizer, and the model for calls outside of the wrapper."""
+    accelerator, sharding, model = run.accelerator, sharding_of(run.accelerator), policy.model
+    whole = Whole(model, nullcontext)
+    if sharding in (FSDP2, ZERO3):
+        empty = empty_copy(model).to(accelerator.device)
+        whole = Whole(empty, partial(filled, empty, model))
+    if sharding:
+        policy.forward = autocast(run)(policy.forward)  # type: ignore[method-assign]
+    if sharding == FSDP2:
+        # What accelerate wraps: the blocks of the tower and of the language model, as transformers marks them.
+        policy._no_split_modules = sorted(blocks(model))  # type: ignore[assignment]
+    if sharding in (ZERO2, ZERO3):
+        complete_deepspeed_config(run)
+    wrapped, optimizer = accelerator.prepare(policy, optimizer)
+    check_wrapper(wrapped, sharding)
+    return wrapped, optimizer, whole
+
+
+def blocks(model: nn.Module) -> set[str]:
+    """Class names of the layers that a model repeats."""
+    return {type(module).__name__ for module in model.modules() if isinstance(module, GradientCheckpointingLayer)}
+
+
+def complete_deepspeed_config(run: Run) -> None:
+    """What DeepSpeed has to know of the recipe: it clips by itself, and is told which micro-batch is a step's last."""
+    run.accelerator.state.deepspeed_plugin.deepspeed_config.update(
+        gradient_clipping=run.recipe.optim.max_grad_norm,
+        gradient_accumulation_steps=1,
+        train_micro_batch_size_per_gpu=1,  # of no effect, but asked for
+        train_batch_size=run.shard.world_size,
+    )
+
+
+def autocast(run: Run) -> Any:
+    """The recipe's precision for a forward pass: by accelerate, or by us where accelerate would cast the weights."""
+    if not sharding_of(run.accelerator):
+        return run.accelerator.autocast()
+    enabled = run.recipe.trainer.mixed_precision == "bf16"
+    return torch.autocast(run.accelerator.device.type, torch.bfloat16, enabled=enabled)
+
+
+def check_wrapper(wrapped: nn.Module, sharding: str | None) -> None:
+    """The wrapper must be the one that was asked for."""
+    if sharding == FSDP2:
+        assert isinstance(wrapped, FSDPModule)
+        assert all(isinstance(parameter, DTensor) for parameter in wrapped.parameters())
+    if sharding in (ZERO2, ZERO3):
+        assert type(wrapped).__name__ == "DeepSpeedEngine"
+        assert wrapped.zero_optimization_stage() == int(sharding[-1])  # type: ignore[operator]
+
+
+# ---- gradients
+
+
+def sync_gradients(run: Run, model: nn.Module, last: bool) -> AbstractContextManager:
+    """Around a micro-batch: let processes exchange gradients in the last one alone, where that saves anything."""
+    sharding = sharding_of(run.accelerator)
+    if sharding in (ZERO2, ZERO3):
+        run.accelerator.sync_gradients = last  # in the backward pass of the last, DeepSpeed clips and steps
+    # Gradients that wait for the last micro-batch would be whole on every process: sharded ones are exchanged at once.
+    return nullcontext() if last or sharding else run.accelerator.no_sync(model)
+
+
+def clip_and_step(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """Clip the gradient and step; its norm before. DeepSpeed has done both, and only tells the norm."""
+    norm = run.accelerator.clip_grad_norm_(model.parameters(), run.recipe.optim.max_grad_norm)
+    optimizer.step()
+    return float(full(torch.as_tensor(norm)))
+
+
+# ---- whole weights
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that FSDP2 holds in parts; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within it, weights of a module (not of the modules in it) that ZeRO-3 holds in parts are whole."""
+    parameters = list(module.parameters(recurse=False))
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters(parameters):
+        yield
+
+
+def whole_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor) of every weight, one module at a time; each process goes through all of them."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        with gathered(module):
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    whole = full(parameter.detach())
+                    yield (
+                        f"{prefix}.{name}" if prefix else name,
+                        whole.clone() if hasattr(parameter, "ds_id") else whole,
+                    )
+
+
+def empty_copy(model: nn.Module) -> Any:
+    """A copy whose weights have no memory."""
+    empty = {id(p): nn.Parameter(p.new_empty(0), requires_grad=False) for p in model.parameters()}
+    return deepcopy(model, empty)
+
+
+@contextmanager
+def filled(empty: nn.Module, model: nn.Module) -> Iterator[None]:
+    """Within it, the copy has the whole weights of the model that is in parts.
+
+    Processes write different numbers of tokens: passes that gather weights layer by layer would wait for each other for
+    ever. So the reference engine needs room for all weights at once for as long as it writes, and so does saving.
+    """
+    with torch.no_grad():
+        for (name, own), (same_name, tensor) in zip(empty.named_parameters(), whole_parameters(model), strict=True):
+            assert name == same_name
+            own.data = tensor
+    try:
+        yield
+    finally:
+        for own in empty.parameters():
+            own.data = own.new_empty(0)
+
+
+# ---- optimizer state
+
+
+def save_optimizer(run: Run, optimizer: Any, folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds of the optimizer: whole, for any number of processes; or DeepSpeed's files in `folder`,
+    for as many as have written them."""
+    sharding = sharding_of(run.accelerator)
+    if sharding in (ZERO2, ZERO3):
+        run.accelerator.wait_for_everyone()  # the folder is there
+        settings = {"tag": "state", "save_latest": False, "exclude_frozen_parameters": True}
+        engine_of(run).save_checkpoint(str(folder / "deepspeed"), **settings)
+        return {"sharding": sharding, "processes": run.shard.world_size}
+    state = optimizer.state_dict()
+    if sharding == FSDP2:
+        whole = {number: {k: full(v).cpu() for k, v in one.items()} for number, one in state["state"].items()}
+        state = {**state, "state": whole}
+    return {"optimizer": state}
+
+
+def load_optimizer(run: Run, optimizer: Any, folder: Path, saved: dict[str, Any]) -> None:
+    """Put the optimizer's state back."""
+    sharding, written_by = sharding_of(run.accelerator), saved.get("sharding")
+    here = (sharding, run.shard.world_size) if sharding in (ZERO2, ZERO3) else (None, None)
+    if here != (written_by, saved.get("processes")):
+        writer = f"{saved['processes']} processes with {written_by}" if written_by else "FSDP2 or plain processes"
+        raise BadInput(
+            f"{folder} was written by {writer}; DeepSpeed's optimizer state cannot be carried over from or to anything "
+            "else: launch the run as it was begun, or begin another one with another output_dir"
+        )
+    if sharding in (ZERO2, ZERO3):
+        # Not strict: frozen weights are not in these files.
+        engine_of(run).load_checkpoint(str(folder / "deepspeed"), tag="state", load_module_strict=False)
+        return
+    state = saved["optimizer"]
+    if sharding == FSDP2:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        state["state"] = {number: in_parts(one, parameters[number]) for number, one in state["state"].items()}
+    optimizer.load_state_dict(state)
+
+
+def in_parts(state: dict[str, torch.Tensor], parameter: DTensor) -> dict[str, torch.Tensor]:
+    """A weight's optimizer state, held in parts as the weight is."""
+
+    def part(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape != parameter.shape:
+            return tensor  # the count of steps
+        device = parameter.device_mesh.device_type
+        return distribute_tensor(tensor.to(device), parameter.device_mesh, parameter.placements)
+
+    return {name: part(tensor) for name, tensor in state.items()}
+
+
+def engine_of(run: Run) -> Any:
+    """DeepSpeed's engine."""
+    return run.accelerator.deepspeed_engine_wrapped.engine

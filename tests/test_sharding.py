@@ -1,0 +1,221 @@
+"""FSDP2, ZeRO-2 and ZeRO-3 on two processes of one CPU (gloo), by the shipped launcher configurations: the same figures
+and the same final weights as one process.
+"""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from conftest import BIN, ROOT, SMALL, SMALL_GRPO, command
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+import sail_rl.model  # noqa: F401  (registers SAIL-VL2 with the Auto classes)
+from sail_rl.sharding import deepspeed_mistakes, fsdp_mistakes
+
+KINDS = {
+    "fsdp2": ("FSDPPolicy", "FSDP2"),
+    "zero2": ("DeepSpeedEngine", "ZeRO-2"),
+    "zero3": ("DeepSpeedEngine", "ZeRO-3"),
+}
+
+
+def launcher(kind, folder):
+    """The shipped configuration of this kind, for two processes; one process by plain Python."""
+    if kind == "one":
+        return (str(BIN / "python"),)
+    configuration = yaml.safe_load((ROOT / f"recipes/accelerate/{kind}.yaml").read_text()) | {"num_processes": 2}
+    file = folder / f"{kind}.yaml"
+    file.write_text(yaml.safe_dump(configuration))
+    return (str(BIN / "accelerate"), "launch", "--config_file", str(file), "--main_process_port", "0")
+
+
+def run(kind, folder, arguments, name=None):
+    """Run a command under a kind of sharding into a folder of its own."""
+    target = folder / (name or kind)
+    result = command(*arguments, f"output_dir={target}", launcher=launcher(kind, folder))
+    assert result.returncode == 0, result.stderr[-4000:]
+    environment = json.loads((target / "environment.json").read_text())
+    if kind in KINDS:
+        assert (environment["wrapper"], environment["sharding"]) == KINDS[kind]
+        assert environment["processes"] == 2
+    return target
+
+
+def grpo(rows, model, *overrides):
+    """A small GRPO run whose loss is far from zero: a KL term, and a second update on each step's rollouts."""
+    common = ["sail_rl/train_grpo.py", "recipes/quickstart.yaml", *SMALL_GRPO, f"model={model}"]
+    common += [f"rewards=[{{function: '{rows / 'mine.py'}:spread'}}]", f"data.train={rows / 'rows.jsonl'}"]
+    # In the order of the file, the second process has rows of text alone in every step.
+    common += ["data.shuffle=false", "update.mode=shared", "update.token_budget=100", "grpo.beta=0.1"]
+    common += ["grpo.num_iterations=2", "optim.warmup_steps=0", "optim.lr_scheduler_type=constant"]
+    return [*common, "optim.learning_rate=1e-3", *overrides]
+
+
+def sft(rows, model, *overrides):
+    """A small SFT run."""
+    common = ["sail_rl/train_sft.py", "recipes/quickstart_sft.yaml", *SMALL, "sft.samples_per_step=4"]
+    return [*common, f"model={model}", f"data.train={rows / 'rows.jsonl'}", "data.reasoning=terse", *overrides]
+
+
+def figures(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [[r["loss"], r["grad_norm"], r["entropy"], r.get("kl") or 0.0] for r in records]
+
+
+def assert_same_run(one, two, start, moved_by=1e-3, rel=1e-4):
+    """The same figures, and final weights whose distance is a small share of how far training has moved them."""
+    for ours, theirs in zip(figures(one), figures(two), strict=True):
+        assert ours == pytest.approx(theirs, rel=rel, abs=1e-6)
+        assert ours[1] > 0
+    begun, single, sharded = (
+        load_file(folder / "model.safetensors") for folder in (start, one / "final", two / "final")
+    )
+    assert sharded.keys() == single.keys() == begun.keys()
+    assert distance(single, sharded) < moved_by * distance(begun, single)
+    loaded = AutoModelForImageTextToText.from_pretrained(two / "final").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in sharded.items() if name in loaded)
+
+
+def distance(one, two):
+    return sum((one[name] - two[name]).square().sum() for name in one).sqrt()
+
+
+def lora(start, rank=4):
+    return f"{{path: {start}, lora: {{r: {rank}, lora_alpha: 8, parts: [llm]}}}}"
+
+
+@pytest.fixture(scope="module")
+def one_process(start, mixed_rows, tmp_path_factory):
+    """What all kinds are compared with, with gradient checkpointing."""
+    arguments = grpo(mixed_rows, start, "trainer.gradient_checkpointing=true")
+    return run("one", tmp_path_factory.mktemp("one"), arguments)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", KINDS)
+def test_grpo_equals_one_process(kind, one_process, start, mixed_rows, tmp_path):
+    """Shared rows in several micro-batches, a KL term, two updates a step, clipping."""
+    sharded = run(kind, tmp_path, grpo(mixed_rows, start, "trainer.gradient_checkpointing=true"))
+    assert figures(one_process)[0][1] > 1.0  # the gradient was clipped
+    assert_same_run(one_process, sharded, start)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "fsdp2" else pytest.mark.slow) for kind in KINDS]
+)
+def test_lora_equals_one_process(kind, start, mixed_rows, tmp_path):
+    """The tower is frozen and its features are kept; the reference is the sharded model without its adapters."""
+    arguments = grpo(mixed_rows, lora(start), "trainer.gradient_checkpointing=true", "optim.learning_rate=1e-2")
+    one, sharded = (run(one_kind, tmp_path, arguments) for one_kind in ("one", kind))
+    assert_same_run(one, sharded, start)
+    adapters = [load_file(folder / "final/adapter/adapter_model.safetensors") for folder in (one, sharded)]
+    assert adapters[0].keys() == adapters[1].keys()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "overrides",
+    [("update.mode=packed",), ("update.mode=padded",), ("model.freeze=[tower]", "update.mode=auto"), ("grpo.beta=0",)],
+    ids=lambda overrides: overrides[0],
+)
+def test_other_layouts_equal_one_process(kind, overrides, start, mixed_rows, tmp_path):
+    one, sharded = (
+        run(one_kind, tmp_path, grpo(mixed_rows, f"{{path: {start}}}", *overrides)) for one_kind in ("one", kind)
+    )
+    assert_same_run(one, sharded, start)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_sft_equals_one_process(kind, start, mixed_rows, tmp_path):
+    one, sharded = (run(one_kind, tmp_path, sft(mixed_rows, start)) for one_kind in ("one", kind))
+    assert_same_run(one, sharded, start)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["tiny_qwen3_vl", "tiny_internvl"])
+def test_other_families_equal_one_process(kind, family, mixed_rows, tmp_path):
+    arguments = grpo(mixed_rows, f"{{random_init: {family}}}", "trainer.gradient_checkpointing=true")
+    one, sharded = (run(one_kind, tmp_path, arguments) for one_kind in ("one", kind))
+    assert_same_run(one, sharded, one / "final", moved_by=float("inf"))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_is_the_autocast_of_plain_processes(kind, start, mixed_rows, tmp_path):
+    """Compared with two plain processes, whose micro-batches are the same; ZeRO-3 has linear layers that round anew."""
+    (tmp_path / "ddp.yaml").write_text((ROOT / "recipes/accelerate/cpu_2.yaml").read_text())
+    plain = (str(BIN / "accelerate"), "launch", "--config_file", str(tmp_path / "ddp.yaml"))
+    arguments = grpo(mixed_rows, start, "trainer.mixed_precision=bf16", "trainer.max_steps=1", "grpo.num_iterations=1")
+    result = command(*arguments, f"output_dir={tmp_path / 'ddp'}", launcher=plain)
+    assert result.returncode == 0, result.stderr[-4000:]
+    sharded = run(kind, tmp_path, arguments)
+    (ours,), (theirs,) = figures(tmp_path / "ddp"), figures(sharded)
+    assert ours == pytest.approx(theirs, rel=1e-4 if kind == "zero3" else 1e-6, abs=1e-6)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_run_goes_on(kind, adapters, start, mixed_rows, tmp_path):
+    """Halves equal a whole run. One process goes on with a checkpoint of FSDP2's and refuses DeepSpeed's."""
+    arguments = grpo(mixed_rows, lora(start) if adapters else start, "data.eval=null")
+    whole = run(kind, tmp_path, arguments)
+    for steps in (1, 2):
+        halves = run(kind, tmp_path, [*arguments, f"trainer.max_steps={steps}"], name="halves")
+    assert_same_run(whole, halves, start, moved_by=1e-4, rel=1e-6)
+    result = command(*arguments, "trainer.max_steps=3", f"output_dir={halves}", launcher=launcher("one", tmp_path))
+    if kind == "fsdp2":
+        assert result.returncode == 0, result.stderr[-4000:]
+    else:
+        assert result.returncode == 2
+        assert f"was written by 2 processes with {KINDS[kind][1]}" in result.stderr
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adapters", [False, True])
+def test_weights_for_an_engine_are_whole(kind, adapters, start, tmp_path):
+    """`full_parameters` on every process: the names and values that the model had before it was wrapped."""
+    script = ROOT / "tests/sharded_process.py"
+    result = command(script, start, adapters, tmp_path / "run", launcher=launcher(kind, tmp_path))
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("all weights are whole") == 2
+
+
+def test_settings_that_do_not_fit_are_named():
+    """The launcher's mistakes, each with its mending; the shipped files make none."""
+    fsdp = {"fsdp_version": 1, "cpu_ram_efficient_loading": True, "activation_checkpointing": True, "cpu_offload": None}
+    assert len(fsdp_mistakes(SimpleNamespace(**fsdp))) == 3
+    config = {"bf16": {"enabled": True}, "fp16": {"enabled": "auto"}, "optimizer": {}}
+    plugin = SimpleNamespace(zero_stage=1, offload_param_device="cpu", deepspeed_config=config)
+    assert [mistake.split(":")[0] for mistake in deepspeed_mistakes(plugin)] == [
+        "zero_stage",
+        "offload_param_device",
+        "bf16",
+        "optimizer",
+    ]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_launch_that_would_be_something_else_is_refused(start, mixed_rows, tmp_path):
+    configuration = yaml.safe_load((ROOT / "recipes/accelerate/fsdp2.yaml").read_text()) | {"num_processes": 2}
+    configuration["fsdp_config"] |= {"fsdp_version": 1}
+    (tmp_path / "fsdp1.yaml").write_text(yaml.safe_dump(configuration))
+    accelerate = (str(BIN / "accelerate"), "launch", "--config_file", str(tmp_path / "fsdp1.yaml"))
+    result = command(*grpo(mixed_rows, start), f"output_dir={tmp_path / 'run'}", launcher=accelerate)
+    assert result.returncode != 0
+    assert "fsdp_version: 2 is needed" in result.stderr
