@@ -73,7 +73,7 @@ def start_run(recipe: RecipeType) -> Run[RecipeType]:
     import transformers
     from accelerate.utils import gather_object, set_seed
 
-    from sail_rl.sharding import make_accelerator
+    from sail_rl.processes import make_accelerator
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -136,7 +136,7 @@ def make_folder(run: Run) -> None:
 
 def record_environment(run: Run, model) -> None:
     """Versions, devices, processes, threads and the wrapper around the model, as environment.json."""
-    from sail_rl.sharding import sharding_of
+    from sail_rl.processes import sharding_of
 
     if run.is_main:
         wrapper = {"wrapper": type(model).__name__, "sharding": sharding_of(run.accelerator)}

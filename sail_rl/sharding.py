@@ -5,7 +5,6 @@ how model and optimizer are wrapped, when gradients are exchanged, clipped and u
 become whole again. Collectives are called by every process or by none: what one process skips, the others wait for.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -15,23 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sail_rl.command_line import BadInput
-from sail_rl.config import CommonRecipe
 from sail_rl.launch import Run
 from sail_rl.policy import Policy
-
-FSDP2, ZERO2, ZERO3 = "FSDP2", "ZeRO-2", "ZeRO-3"
-ZERO = {2: ZERO2, 3: ZERO3}
-CONFIGURATION = "the launcher's configuration"  # accelerate's file, which mistakes are to be mended in
+from sail_rl.processes import FSDP2, ZERO2, ZERO3, sharding_of
 
 
 @dataclass(frozen=True)
@@ -42,95 +33,6 @@ class Whole:
     """The trained module itself, or a copy without weights of one that is in parts."""
     weights: Callable[[], AbstractContextManager]
     """Within this, the model has all its weights. Every process enters it or none."""
-
-
-# ---- which sharding
-
-
-def asked_for() -> str | None:
-    """FSDP or DEEPSPEED, if `accelerate launch` was told so."""
-    told = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"]
-    return told[0] if told else None
-
-
-def sharding_of(accelerator: Accelerator) -> str | None:
-    """FSDP2, ZeRO-2 or ZeRO-3; None where every process holds the whole model and optimizer."""
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return FSDP2
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return ZERO[accelerator.state.deepspeed_plugin.zero_stage]
-    return None
-
-
-def make_accelerator(recipe: CommonRecipe) -> Accelerator:
-    """accelerate as the launcher has set it up, with the recipe's precision; what would not be exact is refused."""
-    asked, on_cpu = asked_for(), not torch.accelerator.is_available()
-    accelerator = Accelerator(
-        # Unless told, accelerate takes each of several processes on a CPU for a run of its own; if told, it forgets
-        # DeepSpeed, and has to be given the backend instead.
-        cpu=on_cpu and asked != "DEEPSPEED",
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and asked == "DEEPSPEED" else None,
-        # Their own bfloat16 would cast the weights themselves; `prepare` gives them the autocast that all others have.
-        mixed_precision="no" if asked else recipe.trainer.mixed_precision,
-        log_with=list(recipe.trainer.log_with) or None,
-        project_dir=recipe.output_dir,
-    )
-    if asked == "FSDP" and on_cpu:
-        shard_on_cpu(accelerator)
-    # Every process loads whole models. transformers would load them in parts for ZeRO-3, the reference model too.
-    unset_hf_deepspeed_config()
-    check_launch(accelerator, asked)
-    return accelerator
-
-
-def shard_on_cpu(accelerator: Accelerator) -> None:
-    """accelerate turns to FSDP on accelerators alone; on a CPU it would train as DDP, without a word."""
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-    accelerator.state.distributed_type = DistributedType.FSDP
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-
-def check_launch(accelerator: Accelerator, asked: str | None) -> None:
-    """Launchers have trained as one process, or as another kind, without a word: what was asked for must be there."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != processes:
-        raise BadInput(f"{processes} processes were launched, but accelerate has made {accelerator.num_processes}")
-    if asked and accelerator.distributed_type != getattr(DistributedType, asked):
-        raise BadInput(f"{CONFIGURATION} asks for {asked}, but accelerate has made {accelerator.distributed_type}")
-    mistakes = []
-    if asked == "FSDP":
-        mistakes = fsdp_mistakes(accelerator.state.fsdp_plugin)
-    if asked == "DEEPSPEED":
-        mistakes = deepspeed_mistakes(accelerator.state.deepspeed_plugin)
-    if mistakes:
-        raise BadInput("\n  ".join([f"{CONFIGURATION} does not fit these trainers:", *mistakes]))
-
-
-def fsdp_mistakes(plugin: Any) -> list[str]:
-    """Settings with which a run would not be what the recipe says, each with what to do."""
-    told = {
-        "fsdp_version: 2 is needed": plugin.fsdp_version != 2,
-        "fsdp_cpu_ram_efficient_loading: set it to false": plugin.cpu_ram_efficient_loading,
-        "fsdp_activation_checkpointing: leave it out, and set trainer.gradient_checkpointing": (
-            plugin.activation_checkpointing
-        ),
-        "fsdp_offload_params: set it to false": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-    }
-    return [mistake for mistake, made in told.items() if made]
-
-
-def deepspeed_mistakes(plugin: Any) -> list[str]:
-    """The same of DeepSpeed."""
-    config = plugin.deepspeed_config
-    told = {
-        "zero_stage: 2 or 3 is needed": plugin.zero_stage not in ZERO,
-        "offload_param_device: set it to none": plugin.offload_param_device != "none",
-    }
-    for section in ("bf16", "fp16"):
-        told[f"{section}: leave it out, and set trainer.mixed_precision"] = config[section]["enabled"] is True
-    for section in ("optimizer", "scheduler"):
-        told[f"{section}: leave it out, and set it in the recipe's optim"] = section in config
-    return [mistake for mistake, made in told.items() if made]
 
 
 # ---- the wrapper

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from PIL import Image
 
 from rollouts import Prompt, Rollout
@@ -135,6 +136,7 @@ class Recorder:
     """Stands in for accelerator and optimizer: notes loss and gradient; a step nudges the weights."""
 
     device = torch.device("cpu")
+    distributed_type = DistributedType.NO
 
     def __init__(self, model):
         self.model, self.losses, self.gradients = model, [], []

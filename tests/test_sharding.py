@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import sail_rl.model  # noqa: F401  (registers SAIL-VL2 with the Auto classes)
-from sail_rl.sharding import deepspeed_mistakes, fsdp_mistakes
+from sail_rl.processes import deepspeed_mistakes, fsdp_mistakes
 
 KINDS = {
     "fsdp2": ("FSDPPolicy", "FSDP2"),
