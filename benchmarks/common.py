@@ -28,7 +28,7 @@ class Timing:
     """Seconds of all threads together: less disturbed than `wall` by other programs."""
 
 
-def prepare_process(threads: int = THREADS) -> None:
+def prepare_process() -> None:
     """The same threads for everybody; call it before torch is imported."""
     # Threads that wait by spinning would count as CPU time and slow down whoever runs beside them.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -36,7 +36,7 @@ def prepare_process(threads: int = THREADS) -> None:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(THREADS)
 
 
 def interleave(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[Timing]]:

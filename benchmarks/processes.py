@@ -15,7 +15,8 @@ def main(file: Path, rounds: int) -> None:
     """All rounds after one for warming up; the first process notes the time between two meetings of all."""
     from benchmarks.common import prepare_process
 
-    prepare_process(threads=1)
+    prepare_process()
+    import torch
     from accelerate import Accelerator
     from accelerate.utils import gather_object
 
@@ -24,6 +25,7 @@ def main(file: Path, rounds: int) -> None:
     from sail_rl.data.stream import Shard
 
     accelerator = Accelerator(cpu=True)
+    torch.set_num_threads(1)  # not before: accelerate sets the number, too
     alone = accelerator.num_processes == 1
     shard = Shard() if alone else Shard(accelerator.process_index, accelerator.num_processes, gather_object)
     world = make_world(Cell(PROMPT, COMPLETION, groups=GROUPS))

@@ -39,6 +39,8 @@ def sharding_of(accelerator: Accelerator) -> str | None:
 def make_accelerator(recipe: CommonRecipe) -> Accelerator:
     """accelerate as the launcher has set it up, with the recipe's precision; what would not be exact is refused."""
     asked, on_cpu = asked_for(), not torch.accelerator.is_available()
+    if asked == "FSDP" and os.environ.get("FSDP_VERSION") != "2":
+        raise BadInput(f"{CONFIGURATION} asks for the first FSDP; these trainers need fsdp_version: 2")
     accelerator = Accelerator(
         # Unless told, accelerate takes each of several processes on a CPU for a run of its own; if told, it forgets
         # DeepSpeed, and has to be given the backend instead.
@@ -86,7 +88,6 @@ def check_launch(accelerator: Accelerator, asked: str | None) -> None:
 def fsdp_mistakes(plugin: Any) -> list[str]:
     """Settings with which a run would not be what the recipe says, each with what to do."""
     told = {
-        "fsdp_version: 2 is needed": plugin.fsdp_version != 2,
         "fsdp_cpu_ram_efficient_loading: set it to false": plugin.cpu_ram_efficient_loading,
         "fsdp_activation_checkpointing: leave it out, and set trainer.gradient_checkpointing": (
             plugin.activation_checkpointing
