@@ -72,8 +72,13 @@ def merged(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> Ite
             # Added in float32, so that weights of lower precision are rounded once.
             delta = layers[name].get_delta_weight(ADAPTER)
             tensor = (tensor.detach().float() + delta.detach().float()).to(tensor.dtype)
-        if ".lora_" not in name:
-            yield name.replace(".base_layer.", "."), tensor.detach()
+        if (base := base_name(name)) is not None:
+            yield base, tensor.detach()
+
+
+def base_name(name: str) -> str | None:
+    """A tensor's name in the model without adapters; None for what it has not."""
+    return None if ".lora_" in name else name.replace(".base_layer.", ".")
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
