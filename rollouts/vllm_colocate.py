@@ -93,6 +93,8 @@ class VLLMEngine:
         stream = until_mistake(self._expected(parameters, missing), mistakes)
         # Its own load_weights fails after the start on a CPU: the linear layers have been packed by then.
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+        if not self.on_gpu:
+            self.llm.apply_model(pack_experts)
         self.reset_caches()
         if mistakes:
             raise mistakes[0]
@@ -211,7 +213,7 @@ def start(folder: Path, settings: EngineSettings) -> Any:
 
     llm = LLM(
         str(folder),
-        dtype=settings.dtype,  # type: ignore[arg-type]
+        dtype=settings.dtype,
         load_format="dummy",
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
@@ -228,6 +230,14 @@ def start(folder: Path, settings: EngineSettings) -> Any:
     torch.set_num_threads = set_threads
     torch.set_rng_state(random_state)
     return llm
+
+
+def pack_experts(model: Any) -> None:
+    """Lay out a mixture's experts as their CPU kernel reads them, which vLLM 0.31 does after its start alone."""
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def request(prompt: Prompt, picture: PictureTokens) -> Any:
