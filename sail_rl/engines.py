@@ -23,10 +23,10 @@ def make_engine(run: Run, model, processor, suppressed: list[int]) -> RolloutEng
 
 def make_vllm_engine(run: Run, model, processor, suppressed: list[int]) -> RolloutEngine:
     """vLLM in this process, started from a folder of the run's own."""
-    from rollouts.vllm_colocate import EngineSettings, VLLMEngine
-
     if importlib.util.find_spec("vllm") is None:
         raise BadInput(f"rollout.engine = vllm_colocate: vllm is not installed; {INSTALL_VLLM}")
+    from rollouts.vllm_colocate import EngineSettings, VLLMEngine
+
     rollout, vllm = run.recipe.rollout, run.recipe.rollout.vllm
     most = run.recipe.data.max_prompt_length + rollout.max_completion_length
     longest = vllm.max_model_len or min(most, model.config.get_text_config().max_position_embeddings)
