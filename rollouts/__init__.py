@@ -62,5 +62,17 @@ class RolloutEngine(Protocol):
         ...
 
     def load_weights(self, parameters: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Take the trainer's newest weights."""
+        """Take the trainer's newest weights: all of them, under the names that files have."""
+        ...
+
+    def sleep(self) -> None:
+        """Leave the device's memory to the trainer until `wake`; afterwards weights must be loaded."""
+        ...
+
+    def wake(self) -> None:
+        """Take the memory again."""
+        ...
+
+    def close(self) -> None:
+        """End whatever was started."""
         ...

@@ -59,6 +59,15 @@ class HFEngine:
         """The model is the trainer's own, so its weights are new already."""
         self.weight_version = version
 
+    def sleep(self) -> None:
+        """Nothing: its memory is the trainer's."""
+
+    def wake(self) -> None:
+        """Nothing, likewise."""
+
+    def close(self) -> None:
+        """Nothing was started."""
+
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> list[Rollout]:
         """`group_size` completions of every prompt, groups together, in the order of the prompts."""

@@ -32,7 +32,8 @@ class Group:
     """Token ids."""
     advantages: list[float] = field(default_factory=list)
     """One for each completion; empty for SFT."""
-
+    log_probs: list[list[float]] = field(default_factory=list)
+    """The engine's, of each completion's tokens; empty where no engine wrote them."""
     trained: bool = True
     """False for an idle group, whose tokens are all masked."""
 
@@ -72,6 +73,8 @@ class TrainingBatch:
     model_inputs: dict[str, torch.Tensor]
     """The pictures of all rows, and what kind of token each is where the model asks for it: from these and the mask
     Qwen-VL works out its positions (M-RoPE)."""
+    engine_log_probs_BC: torch.Tensor | None = None
+    """As the sampler gave them, 0 beyond the completions; None where no engine wrote any."""
     prompt: "TrainingBatch | None" = None
     """The prompt of all completions here, as a row that is computed before, once for all batches that name it."""
 
@@ -109,7 +112,7 @@ def make_batches(
 
 def batches_apart(group: Group, token_budget: int) -> list[TrainingBatch]:
     """A group's completions, within the budget, and apart from them their prompt."""
-    prompt = make_batch([replace(group, completions=[[]], advantages=[])], "shared")
+    prompt = make_batch([replace(group, completions=[[]], advantages=[], log_probs=[])], "shared")
     bare = replace(group, prompt=Prompt(group.prompt.id, []))
     return [
         replace(make_batch([part], "shared"), **rows_after_prompt(part), prompt=prompt)
@@ -156,7 +159,9 @@ def cut(group: Group, token_budget: int, form: Form) -> list[Group]:
 def members(group: Group, chosen: Sequence[int]) -> Group:
     """The group with some of its completions."""
     advantages = [group.advantages[member] for member in chosen] if group.advantages else []
-    return replace(group, completions=[group.completions[member] for member in chosen], advantages=advantages)
+    log_probs = [group.log_probs[member] for member in chosen] if group.log_probs else []
+    completions = [group.completions[member] for member in chosen]
+    return replace(group, completions=completions, advantages=advantages, log_probs=log_probs)
 
 
 def size(groups: Sequence[Group], form: Form) -> int:
@@ -183,8 +188,17 @@ def make_batch(groups: Sequence[Group], form: Form = "padded") -> TrainingBatch:
         completion_ids_BC=torch.tensor([c + [PADDING] * (width - len(c)) for c in completions]),
         mask_BC=written_BC * trained_B[:, None],
         advantages_B=torch.tensor(advantages, dtype=torch.float32),
+        engine_log_probs_BC=engine_log_probs(groups, width),
         **rows,
     )
+
+
+def engine_log_probs(groups: Sequence[Group], width: int) -> torch.Tensor | None:
+    """[B, C] of all completions, 0 for those that no engine wrote; None if there are no others."""
+    if not any(group.log_probs for group in groups):
+        return None
+    rows = [row for group in groups for row in (group.log_probs or [[]] * len(group.completions))]
+    return torch.tensor([row + [0.0] * (width - len(row)) for row in rows])
 
 
 def pad(groups: Sequence[Group]) -> dict:

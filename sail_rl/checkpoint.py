@@ -14,7 +14,8 @@ import torch
 
 from sail_rl.config import ModelSection
 from sail_rl.launch import Run
-from sail_rl.model.lora import has_adapters, load_adapters, merged, save_adapters
+from sail_rl.model.file_layout import in_file_layout
+from sail_rl.model.lora import base_name, has_adapters, load_adapters, merged, save_adapters
 from sail_rl.sharding import Whole, load_optimizer, save_optimizer, whole_parameters
 
 
@@ -38,11 +39,17 @@ class Progress:
 
 
 def full_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every weight, for an engine to load; adapters merged, names those of the model without them.
+    """(name, tensor) of every weight as `save_pretrained` would write it, a layer at a time; adapters merged.
 
     Weights that processes hold in parts are made whole one after another, so every process goes through all of them.
     """
-    return merged(model, whole_parameters(model))
+    return in_file_layout(model, merged(model, whole_parameters(model)))
+
+
+def weight_names(model: torch.nn.Module) -> set[str]:
+    """The names of `full_parameters`, without making them."""
+    named = ((base_name(name), tensor.detach().to("meta")) for name, tensor in model.named_parameters())
+    return {name for name, _ in in_file_layout(model, ((name, tensor) for name, tensor in named if name))}
 
 
 def save_checkpoint(run: Run, whole: Whole, processor, optimizer, progress: Progress) -> None:

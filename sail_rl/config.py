@@ -179,17 +179,37 @@ class DataSection(Section):
         return {value: 1.0} if isinstance(value, str) else value
 
 
+class VLLMSection(Section):
+    """The `vllm_colocate` engine. vLLM's names where vLLM has the key."""
+
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Share of the GPU for the engine's weights and cache, which it gives back while the model is trained."""
+    kv_cache_gib: Annotated[int, Field(ge=1)] = 1
+    """GiB of main memory for the cache where there is no GPU."""
+    max_model_len: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens of a prompt and its completion. When left out, `data.max_prompt_length` and `max_completion_length`
+    together, or what the model has positions for."""
+    enforce_eager: bool = False
+    """On a GPU: do without CUDA graphs, for a faster start and slower generation. Without a GPU there are none."""
+
+
 class RolloutSection(Section):
     """Who writes the completions, and how they are sampled. TRL's names where TRL has the key."""
 
-    engine: Literal["hf"] = "hf"
+    engine: Literal["hf", "vllm_colocate"] = "hf"
+    """`hf`: the trainer's own model; `vllm_colocate`: vLLM in the trainer's process, with weights of its own."""
+    vllm: VLLMSection = VLLMSection()
+    parity_limit: Annotated[float, Field(gt=0)] | None = None
+    """Before the first step an engine with weights of its own answers questions of data.train, and the run stops when
+    its log-probabilities and the trainer's are further apart than this, as a mean over tokens. When left out, 0.001 in
+    float32 and 0.05 in bfloat16."""
     prompts_per_step: Annotated[int, Field(ge=1)] = 16
     num_generations: Annotated[int, Field(ge=2)] = 8
     """Completions per prompt: the group, whose members are compared."""
     max_completion_length: Annotated[int, Field(ge=1)] = 256
     temperature: Annotated[float, Field(gt=0)] = 1.0
     batch_size: Annotated[int, Field(ge=1)] = 256
-    """Most completions that the `hf` engine writes at once."""
+    """Most completions that an engine writes at once."""
 
 
 class RewardEntry(BaseModel):
@@ -223,6 +243,15 @@ class GrpoSection(Section):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     num_iterations: Annotated[int, Field(ge=1)] = 1
     """Updates per batch of rollouts."""
+    vllm_importance_sampling_correction: bool | None = None
+    """Weigh the loss by the ratio of the trainer's and the engine's probabilities, which an engine with weights of its
+    own never gives quite alike. When left out: for vLLM yes, for `hf` no."""
+    vllm_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "sequence_mask"
+    )
+    """A ratio for each token or for the whole completion; one beyond the bounds is cut to them or made 0."""
+    vllm_importance_sampling_clip_max: Annotated[float, Field(gt=0)] | None = 3.0
+    vllm_importance_sampling_clip_min: Annotated[float, Field(ge=0)] | None = None
 
 
 class SftSection(Section):

@@ -66,17 +66,19 @@ def policy_loss(
     normaliser: float,
     beta: float = 0.0,
     reference_log_probs_BT: torch.Tensor | None = None,
+    importance_BT: torch.Tensor | float = 1.0,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The clipped policy-gradient loss with an optional KL term; and its sums over tokens for the log.
 
     `grpo` averages tokens within a completion and then completions; `dapo` averages all tokens of the step;
-    `dr_grpo` divides by a constant, so that length has no influence.
+    `dr_grpo` divides by a constant, so that length has no influence. `importance_BT` weighs all but the KL term, as
+    TRL has it.
     """
     mask_BT = mask_BT.to(log_probs_BT.dtype)
     advantages_B1 = advantages_B[:, None]
     ratio_BT = torch.exp(log_probs_BT - old_log_probs_BT)
     clipped_BT = ratio_BT.clamp(1 - epsilon, 1 + epsilon_high)
-    loss_BT = -torch.min(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
+    loss_BT = -torch.min(ratio_BT * advantages_B1, clipped_BT * advantages_B1) * importance_BT
     sums = {"clipped": masked_sum(is_clipped(ratio_BT, advantages_B1, epsilon, epsilon_high), mask_BT)}
     if reference_log_probs_BT is not None:
         kl_BT = kl_estimate(log_probs_BT, reference_log_probs_BT)
@@ -86,6 +88,30 @@ def policy_loss(
     if loss_type == "grpo":
         weights_BT = mask_BT / mask_BT.sum(1, keepdim=True).clamp(min=1)
     return (loss_BT * weights_BT).sum() / normaliser, sums
+
+
+def importance_weights(
+    log_probs_BT: torch.Tensor,
+    engine_log_probs_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    *,
+    mode: str,
+    clip_min: float | None,
+    clip_max: float | None,
+) -> torch.Tensor:
+    """Ratios of trainer to engine, for what the engine sampled otherwise than the trainer would have; no gradient.
+
+    `token_*`: a ratio for each token. `sequence_*`: that of all its tokens together, for each. `*_truncate`: cut to the
+    bounds, a missing one being none. `*_mask`: 0 beyond them.
+    """
+    difference_BT = (log_probs_BT.detach() - engine_log_probs_BT) * mask_BT
+    if mode.startswith("sequence"):
+        difference_BT = difference_BT.sum(1, keepdim=True).expand_as(difference_BT)
+    ratio_BT = difference_BT.exp()
+    low, high = clip_min or 0.0, float("inf") if clip_max is None else clip_max
+    if mode.endswith("mask"):
+        return torch.where((ratio_BT >= low) & (ratio_BT <= high), ratio_BT, 0.0)
+    return ratio_BT.clamp(low, high)
 
 
 def is_clipped(ratio_BT: torch.Tensor, advantages_B1: torch.Tensor, epsilon: float, epsilon_high: float):

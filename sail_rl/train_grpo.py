@@ -12,12 +12,12 @@ def train(recipe: GrpoRecipe) -> None:
     """The whole algorithm, top to bottom."""
     # Imported here, so that mistakes in a recipe are answered before torch loads.
     from rollouts import Sampling
-    from rollouts.hf import HFEngine
     from sail_rl import checkpoint, scoring
     from sail_rl.advantage import group_advantages
     from sail_rl.balance import share_work
     from sail_rl.batch import idle_group, make_batches
     from sail_rl.batch_form import choose_attention, choose_form
+    from sail_rl.engines import make_engine
     from sail_rl.eval import accuracy_now, predictions_once
     from sail_rl.finish import finish_run
     from sail_rl.launch import check_divisible, record_environment, seed_step, start_run
@@ -25,6 +25,7 @@ def train(recipe: GrpoRecipe) -> None:
     from sail_rl.metrics import MetricsLog, Stopwatch
     from sail_rl.model.load import image_token_ids, load_model, prepare_for_training, starting_policy
     from sail_rl.optimizer import make_optimizer, set_learning_rate
+    from sail_rl.parity import check_parity
     from sail_rl.policy import Policy
     from sail_rl.profiling import Profile, written_groups
     from sail_rl.questions import question_stream
@@ -57,8 +58,9 @@ def train(recipe: GrpoRecipe) -> None:
     reference = starting_policy(recipe.model, recipe.seed, model, attention) if grpo.beta else None
     progress = checkpoint.load_progress(run, resumed, optimizer)
     stream.position = progress.data_position
-    engine = HFEngine(whole.model, processor.tokenizer, suppressed, rollout.batch_size, whole.weights)
+    engine = make_engine(run, whole, processor, suppressed)
     engine.load_weights(checkpoint.full_parameters(policy), version=progress.step)
+    check_parity(run, whole, engine, stream, suppressed)
     scoring.try_on_data(run, rewards, engine, stream)
     before = predictions_once(run, "before", engine, eval_stream)
 
@@ -74,6 +76,7 @@ def train(recipe: GrpoRecipe) -> None:
 
                 with watch.phase("rollout"), profile.untraced():
                     rollouts = engine.generate([question.prompt for question in questions], group_size, sampling)
+                    engine.sleep()
 
                 with watch.phase("reward"):
                     scores = scoring.score_rollouts(run, rewards, questions, rollouts, step)
@@ -93,7 +96,9 @@ def train(recipe: GrpoRecipe) -> None:
                     learning_rate = set_learning_rate(optimizer, recipe.optim, step, trainer.max_steps)
                     figures = update_policy(run, model, reference, optimizer, batches, normaliser, suppressed)
 
-                engine.load_weights(checkpoint.full_parameters(policy), version=step)
+                with watch.phase("rollout"):
+                    engine.wake()
+                    engine.load_weights(checkpoint.full_parameters(policy), version=step)
                 seconds = watch.take()
                 utilisation = profile.end(step, seconds, groups, written_groups(questions, rollouts))
                 progress = progress.after(
@@ -115,7 +120,9 @@ def train(recipe: GrpoRecipe) -> None:
         # A bad row or a failing reward in the middle of a run loses no work: every finished step is kept.
         checkpoint.save_checkpoint(run, whole, processor, optimizer, progress)
         raise
-    finish_run(run, whole, processor, progress, before, predictions_once(run, "after", engine, eval_stream))
+    after = predictions_once(run, "after", engine, eval_stream)
+    engine.close()
+    finish_run(run, whole, processor, progress, before, after)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,15 @@ import torch
 from rollouts import Rollout
 from sail_rl.advantage import Advantages
 from sail_rl.batch import Group, TrainingBatch
+from sail_rl.config import GrpoRecipe
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
-from sail_rl.losses import balance_loss, masked_sum, policy_loss, supervised_loss
+from sail_rl.losses import balance_loss, importance_weights, masked_sum, policy_loss, supervised_loss
 from sail_rl.model.frozen_tower import features_kept, has_frozen_tower
 from sail_rl.model.lora import StartingModel
 from sail_rl.model.prefix_sharing import ReadPrompt
 from sail_rl.model.router import experts_per_token, find_routers, recorded_routers
+from sail_rl.parity import parity_figures
 from sail_rl.policy import Policy, compute_prompt
 from sail_rl.questions import Question
 from sail_rl.sharding import autocast, clip_and_step, sharding_of, sync_gradients
@@ -45,7 +47,8 @@ def make_groups(
         members = [i for i in range(number * size, (number + 1) * size) if scored[i]]
         if members and (has_signal[number] or keep_all):
             completions = [rollouts[i].token_ids for i in members]
-            groups.append(Group(question.prompt, completions, [values[i] for i in members]))
+            log_probs = [rollouts[i].log_probs for i in members]
+            groups.append(Group(question.prompt, completions, [values[i] for i in members], log_probs))
     return groups
 
 
@@ -87,6 +90,7 @@ def update_policy(
                     normaliser=normaliser,
                     beta=grpo.beta,
                     reference_log_probs_BT=reference_BC,
+                    importance_BT=importance_of(run.recipe, old_BC, batch),
                 )
                 balance, routing_sums = balance_term(run, model, router_logits, batch, read)
                 # Distributed wrappers average gradients over processes; the normaliser already counts all of them.
@@ -97,7 +101,24 @@ def update_policy(
         grad_norm = clip_and_step(run, model, optimizer)
     sums = run.sum(sums)
     figures = update_figures(sums, grpo.num_iterations, grad_norm, with_kl=reference is not None)
-    return figures | routing_figures(model, sums, grpo.num_iterations)
+    return figures | routing_figures(model, sums, grpo.num_iterations) | parity_figures(run, old_log_probs, batches)
+
+
+def importance_of(recipe: GrpoRecipe, old_BC: torch.Tensor, batch: TrainingBatch) -> torch.Tensor | float:
+    """Weights for what the engine's log-probabilities were off; 1 where the recipe corrects nothing."""
+    if batch.engine_log_probs_BC is None:
+        return 1.0
+    grpo, wanted = recipe.grpo, recipe.grpo.vllm_importance_sampling_correction
+    if not (recipe.rollout.engine != "hf" if wanted is None else wanted):
+        return 1.0
+    return importance_weights(
+        old_BC,
+        batch.engine_log_probs_BC,
+        batch.mask_BC,
+        mode=grpo.vllm_importance_sampling_mode,
+        clip_min=grpo.vllm_importance_sampling_clip_min,
+        clip_max=grpo.vllm_importance_sampling_clip_max,
+    )
 
 
 def prompts_apart(run: Run, model) -> bool:

@@ -147,3 +147,19 @@ def test_every_process_has_as_many_batches(count, others, expected):
     assert asked == [max(count, 1)]
     assert [float(batch.mask_BC.sum()) for batch in batches] == [8.0] * count + [0.0] * (expected - count)
     assert all("pixel_values" in batch.model_inputs for batch in batches)
+
+
+@pytest.mark.parametrize("form", ["shared", "packed", "padded"])
+def test_log_probs_of_the_engine_follow_their_completions(form):
+    """Through cutting, sorting and prompts computed apart; what no engine wrote has none."""
+    log_probs = [[-0.1 * length] * length for length in (2, 7, 4)]
+    written = group(6, (2, 7, 4), model_inputs=picture(), log_probs=log_probs)
+    found = []
+    for batch in make_batches([written], 12, IDLE, form=form, prompts_apart=True):
+        lengths = (batch.completion_ids_BC >= 100).sum(1).tolist()
+        rows = zip(lengths, batch.engine_log_probs_BC.tolist(), strict=True)
+        found += [row[:length] for length, row in rows if length]
+        assert not batch.engine_log_probs_BC[batch.completion_ids_BC < 100].any()
+    assert sorted(found, key=len) == [pytest.approx(row) for row in sorted(log_probs, key=len)]
+    assert make_batch([group(), IDLE], form).engine_log_probs_BC is None
+    assert make_batch([written, IDLE], form).engine_log_probs_BC.shape == (4, 7)

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from sail_rl.losses import is_clipped, kl_estimate, loss_normaliser, policy_loss, supervised_loss, token_log_probs
+from sail_rl.losses import (
+    importance_weights,
+    is_clipped,
+    kl_estimate,
+    loss_normaliser,
+    policy_loss,
+    supervised_loss,
+    token_log_probs,
+)
 
 B, T, V = 3, 5, 11
 LENGTHS = (5, 2, 3)
@@ -193,3 +201,46 @@ def test_supervised_loss_is_the_mean_negative_log_likelihood(logits_BTV, tokens_
 
 def test_normaliser_of_nothing_is_not_zero():
     assert [loss_normaliser(kind, [], 8) for kind in ("grpo", "dr_grpo", "dapo")] == [1, 8, 1]
+
+
+# Ratios of trainer to engine; of the last completion two tokens count. Sequences: 0.5, 6, 2.
+RATIOS = [[2.0, 0.25, 1.0], [1.0, 2.0, 3.0], [4.0, 0.5, 99.0]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "clip_min", "clip_max", "expected"),
+    [
+        ("token_truncate", None, 3.0, [[2, 0.25, 1], [1, 2, 3], [3, 0.5, 1]]),
+        ("token_truncate", 0.5, 2.0, [[2, 0.5, 1], [1, 2, 2], [2, 0.5, 1]]),
+        ("token_truncate", None, None, [[2, 0.25, 1], [1, 2, 3], [4, 0.5, 1]]),
+        ("token_mask", None, 2.5, [[2, 0.25, 1], [1, 2, 0], [0, 0.5, 1]]),
+        ("token_mask", 0.4, 3.5, [[2, 0, 1], [1, 2, 3], [0, 0.5, 1]]),
+        ("token_mask", 0.4, None, [[2, 0, 1], [1, 2, 3], [4, 0.5, 1]]),
+        ("sequence_truncate", None, 3.0, [[0.5] * 3, [3] * 3, [2] * 3]),
+        ("sequence_truncate", 0.75, 2.5, [[0.75] * 3, [2.5] * 3, [2] * 3]),
+        ("sequence_mask", None, 3.0, [[0.5] * 3, [0] * 3, [2] * 3]),
+        ("sequence_mask", 0.75, 3.0, [[0] * 3, [0] * 3, [2] * 3]),
+    ],
+)
+def test_importance_weights(mode, clip_min, clip_max, expected):
+    engine_BT = random(3, 3, seed=5)
+    trainer_BT = (engine_BT + torch.tensor(RATIOS, dtype=torch.float64).log()).requires_grad_()
+    mask_BT = torch.tensor([[1.0, 1, 1], [1, 1, 1], [1, 1, 0]])
+    weights_BT = importance_weights(trainer_BT, engine_BT, mask_BT, mode=mode, clip_min=clip_min, clip_max=clip_max)
+    assert not weights_BT.requires_grad
+    assert weights_BT.tolist() == [pytest.approx(row) for row in expected]
+
+
+def test_importance_weighs_the_policy_term_alone(policy, mask_BT):
+    """Weights of 0 leave the KL term; weights of 2 double the rest."""
+    options = {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.2, "normaliser": 10.0}
+    kl = {"beta": 0.5, "reference_log_probs_BT": policy["old_log_probs_BT"] + 0.1}
+
+    def loss(weight, **more):
+        weights_BT = torch.full((B, T), weight, dtype=torch.float64)
+        return policy_loss(**policy, mask_BT=mask_BT, importance_BT=weights_BT, **options, **more)[0]
+
+    plain, _ = policy_loss(**policy, mask_BT=mask_BT, **options)
+    assert loss(2.0) == pytest.approx(2 * plain)
+    assert loss(0.0) == 0
+    assert loss(1.0, **kl) == pytest.approx(plain + loss(0.0, **kl))

@@ -72,8 +72,13 @@ def merged(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> Ite
         if name in layers:
             # Added in float32, so that weights of lower precision are rounded once.
             tensor = (tensor.detach().float() + delta_weight(layers[name]).float()).to(tensor.dtype)
-        if ".lora_" not in name:
-            yield name.replace(".base_layer.", "."), tensor.detach()
+        if (base := base_name(name)) is not None:
+            yield base, tensor.detach()
+
+
+def base_name(name: str) -> str | None:
+    """A tensor's name in the model without adapters; None for what it has not."""
+    return None if ".lora_" in name else name.replace(".base_layer.", ".")
 
 
 def delta_weight(layer: Any) -> torch.Tensor:

@@ -1,0 +1,289 @@
+"""vLLM inside the trainer's process: the weights are pushed by name, and nothing else is shared with the trainer.
+
+The engine starts from a folder with configuration, tokenizer and processor, and with weights that mean nothing: all of
+them come with the first push. Prompts are sent as token ids, so that nothing is tokenized twice.
+"""
+
+import hashlib
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rollouts import Prompt, Rollout, Sampling
+
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+# Without `nobind` vLLM ties the process, and with it the trainer, to one thread.
+CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+SEEDS = 2**62  # members of a group count on from their prompt's seed, within what torch takes
+
+
+@dataclass(frozen=True)
+class PictureTokens:
+    """How a picture stands among a prompt's tokens."""
+
+    token_id: int
+    """One for every feature of the picture."""
+    around: tuple[int, int] | None = None
+    """Tokens before and after them where vLLM writes these itself, as for InternVL and SAIL-VL2."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What vLLM is started with."""
+
+    dtype: str
+    max_model_len: int
+    """Most tokens of a prompt and its completion."""
+    max_num_seqs: int = 256
+    """Most completions that are written at once."""
+    gpu_memory_utilization: float = 0.4
+    """Share of the GPU that weights and cache of the engine may take together."""
+    kv_cache_gib: int = 1
+    """Cache on a CPU."""
+    enforce_eager: bool = False
+    """No CUDA graphs: a faster start and slower writing."""
+    launcher: bool = False
+    """Whether this is one of several processes that a launcher has started and that each have an engine."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """A prompt as it reached the engine's model."""
+
+    token_ids: list[int]
+    pixels: str | None
+    """Digest of the pictures' pixels; None without pictures."""
+
+
+class VLLMEngine:
+    """An engine that refuses to write until it has been given every weight."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer,
+        end_token_ids: Collection[int],
+        suppressed_token_ids: Sequence[int],
+        weight_names: Collection[str],
+        picture: PictureTokens,
+        settings: EngineSettings,
+    ):
+        self.tokenizer = tokenizer
+        self.end_token_ids = sorted(end_token_ids)
+        # Not a penalty: what is suppressed has no probability, as in the trainer's own log-probabilities.
+        self.bias = dict.fromkeys(suppressed_token_ids, -np.inf)
+        self.weight_names = frozenset(weight_names)
+        self.picture = picture
+        self.weight_version: int | None = None
+        """None while some weight is not the trainer's."""
+        self.llm = start(folder, settings)
+        self.dtype = getattr(torch, settings.dtype)
+        self.on_gpu = torch.cuda.is_available()
+        self.asleep = False
+
+    def load_weights(self, parameters: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Take every weight, one after another, under the names that files have."""
+        self.weight_version = None
+        missing, mistakes = set(self.weight_names), list[Exception]()
+        stream = until_mistake(self._expected(parameters, missing), mistakes)
+        # Its own load_weights fails after the start on a CPU: the linear layers have been packed by then.
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+        if not self.on_gpu:
+            self.llm.apply_model(pack_experts)
+        self.reset_caches()
+        if mistakes:
+            raise mistakes[0]
+        if missing:
+            raise ValueError(f"weights of version {version}: {some(missing)} did not come")
+        self.weight_version = version
+
+    def _expected(
+        self, parameters: Iterable[tuple[str, torch.Tensor]], missing: set[str]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The stream, its names crossed out of those that are missing."""
+        for name, tensor in parameters:
+            if name not in self.weight_names:
+                raise ValueError(f"the engine's model has no weight {name}")
+            missing.discard(name)
+            yield name, tensor.detach()
+
+    def reset_caches(self) -> None:
+        """Forget what old weights have computed: prefixes, and the features of pictures in two places."""
+        self.llm.reset_prefix_cache()
+        self.llm.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+
+    def generate(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> list[Rollout]:
+        """`group_size` completions of every prompt, groups together, in the order of the prompts."""
+        if self.weight_version is None:
+            raise RuntimeError("the engine lacks weights: a push did not end, or none has come since it slept")
+        count = group_size if sampling.temperature else 1  # vLLM writes one likeliest completion only
+        requests = [request(prompt, self.picture) for prompt in prompts]
+        outputs = self.llm.generate(requests, [self._params(p, count, sampling) for p in prompts], use_tqdm=False)
+        groups = [[self._rollout(written) for written in output.outputs] for output in outputs]
+        return [rollout for group in groups for rollout in group * (group_size // count)]
+
+    def _params(self, prompt: Prompt, count: int, sampling: Sampling) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            n=count,
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_completion_length,
+            seed=prompt_seed(sampling.seed, prompt.seed),
+            logit_bias=self.bias,
+            # The end tokens are those of the trainer's model, whatever the folder's files say beside.
+            stop_token_ids=self.end_token_ids,
+            ignore_eos=True,
+            logprobs=0,
+            detokenize=False,
+        )
+
+    def _rollout(self, written: Any) -> Rollout:
+        assert self.weight_version is not None
+        token_ids = list(written.token_ids)
+        log_probs = [entry[token].logprob for entry, token in zip(written.logprobs, token_ids, strict=True)]
+        return Rollout(
+            token_ids=token_ids,
+            log_probs=log_probs,
+            text=self.tokenizer.decode(token_ids, skip_special_tokens=True),
+            finish_reason="stop" if token_ids[-1] in self.end_token_ids else "length",
+            weight_version=self.weight_version,
+        )
+
+    def receive(self, prompt: Prompt) -> Received:
+        """Send a prompt as `generate` does, and tell what reached the model."""
+        self.reset_caches()  # a picture that is known would not be read again
+        read: list[torch.Tensor] = []
+
+        def watch(model: Any) -> None:
+            own = model.embed_multimodal
+
+            def noting(**inputs: Any) -> Any:
+                read.append(inputs["pixel_values"])
+                return own(**inputs)
+
+            model.embed_multimodal = noting
+
+        self.llm.apply_model(watch)
+        params = self._params(prompt, 1, Sampling(max_completion_length=1, temperature=0))
+        (output,) = self.llm.generate([request(prompt, self.picture)], params, use_tqdm=False)
+        self.llm.apply_model(lambda model: delattr(model, "embed_multimodal"))
+        return Received(list(output.prompt_token_ids), self.digest(read))
+
+    def digest(self, parts: Sequence[torch.Tensor]) -> str | None:
+        """Of pixels in the engine's precision; None of no pictures."""
+        if not parts:
+            return None
+        pixels = torch.cat([part.flatten(0, -2) for part in parts]).to("cpu", self.dtype).contiguous()
+        return hashlib.sha256(pixels.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+    def sleep(self) -> None:
+        """Give the GPU's memory back until `wake`; weights must be pushed after that."""
+        if self.on_gpu and not self.asleep:
+            self.llm.sleep(level=2)
+            self.asleep, self.weight_version = True, None
+
+    def wake(self) -> None:
+        """Take the GPU's memory again."""
+        if self.asleep:
+            torch.cuda.empty_cache()
+            self.llm.wake_up()
+            self.asleep = False
+
+    def close(self) -> None:
+        """End the engine; its memory is free."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+
+
+def start(folder: Path, settings: EngineSettings) -> Any:
+    """A vLLM engine in this process. Its environment must be set before vLLM is imported."""
+    on_gpu = torch.cuda.is_available()
+    for name, value in (ENVIRONMENT if on_gpu else ENVIRONMENT | CPU_ENVIRONMENT).items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache_gib))
+    set_threads, random_state = torch.set_num_threads, torch.get_rng_state()
+    from vllm import LLM
+
+    llm = LLM(
+        str(folder),
+        dtype=settings.dtype,
+        load_format="dummy",
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        enforce_eager=settings.enforce_eager or not on_gpu,
+        enable_sleep_mode=on_gpu,
+        logprobs_mode="processed_logprobs",  # at the sampling temperature, suppressed tokens left out
+        skip_mm_profiling=not on_gpu,
+        mm_device_do_normalize=False,  # pictures reach the model as the processor made them, and can be compared
+        distributed_executor_backend="external_launcher" if settings.launcher else None,
+        seed=0,
+    )
+    # vLLM seeds the whole process, and on a CPU takes away the function that sets the number of threads.
+    torch.set_num_threads = set_threads
+    torch.set_rng_state(random_state)
+    return llm
+
+
+def pack_experts(model: Any) -> None:
+    """Lay out a mixture's experts as their CPU kernel reads them, which vLLM 0.31 does after its start alone."""
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(layer)
+
+
+def request(prompt: Prompt, picture: PictureTokens) -> Any:
+    """What vLLM is sent: it puts each picture's tokens in place of a single one, so they are taken out before."""
+    token_ids, found = collapsed(prompt.token_ids, picture)
+    if found != len(prompt.images):
+        raise ValueError(f"prompt {prompt.id}: {len(prompt.images)} pictures for {found} runs of picture tokens")
+    images = {"multi_modal_data": {"image": list(prompt.images)}} if prompt.images else {}
+    return {"prompt_token_ids": token_ids} | images
+
+
+def collapsed(token_ids: Sequence[int], picture: PictureTokens) -> tuple[list[int], int]:
+    """The tokens with each run of picture tokens as one, and the number of runs."""
+    short: list[int] = []
+    runs = 0
+    for token, before in zip(token_ids, [None, *token_ids[:-1]], strict=True):
+        if token != picture.token_id:
+            if picture.around and before == picture.token_id:
+                continue  # the token after the picture
+            short.append(token)
+        elif before != picture.token_id:
+            if picture.around:
+                short.pop()  # the token before it
+            short.append(token)
+            runs += 1
+    return short, runs
+
+
+def prompt_seed(seed: int, position: int) -> int:
+    """The seed of the first member of a prompt's group: it depends on nothing else, such as what shares a batch."""
+    high, low = np.random.SeedSequence((seed, position)).generate_state(2)
+    return (int(high) << 32 | int(low)) % SEEDS
+
+
+def until_mistake(stream: Iterable[Any], mistakes: list[Exception]) -> Iterator[Any]:
+    """The stream, ended early by an error, which is kept: vLLM must put its layers together again before it is raised.
+
+    Else the next push would find half of this one's tensors waiting.
+    """
+    try:
+        yield from stream
+    except Exception as mistake:
+        mistakes.append(mistake)
+
+
+def some(names: Collection[str]) -> str:
+    """A few of the names."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + more
