@@ -23,6 +23,7 @@ def main(file: Path, rounds: int) -> None:
     from benchmarks.contestants import our_contestant
     from benchmarks.scaled_model import Cell, make_world
     from sail_rl.data.stream import Shard
+    from sail_rl.launch import let_communication_end
 
     accelerator = Accelerator(cpu=True)
     torch.set_num_threads(1)  # not before: accelerate sets the number, too
@@ -38,7 +39,7 @@ def main(file: Path, rounds: int) -> None:
         seconds.append(time.perf_counter() - started)
     if accelerator.is_main_process:
         file.write_text(json.dumps(seconds[1:]))
-    accelerator.end_training()
+    let_communication_end()
 
 
 if __name__ == "__main__":
