@@ -155,7 +155,9 @@ def test_log_probs_of_the_engine_follow_their_completions(form):
     log_probs = [[-0.1 * length] * length for length in (2, 7, 4)]
     written = group(6, (2, 7, 4), model_inputs=picture(), log_probs=log_probs)
     found = []
-    for batch in make_batches([written], 12, IDLE, form=form, prompts_apart=True):
+    batches = make_batches([written], 12, IDLE, form=form, prompts_apart=True)
+    assert [batch.engine_log_probs_BC is None for batch in batches[:-1]] == [False] * (len(batches) - 1)
+    for batch in batches[: -1 if form == "shared" else None]:  # the last is then the idle row alone
         lengths = (batch.completion_ids_BC >= 100).sum(1).tolist()
         rows = zip(lengths, batch.engine_log_probs_BC.tolist(), strict=True)
         found += [row[:length] for length, row in rows if length]

@@ -21,7 +21,7 @@ from sail_rl.config import GrpoSection, LoraSection, ModelSection, OptimSection,
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
 from sail_rl.model.load import PARTS, load_model, prepare_for_training, starting_policy
-from sail_rl.model.lora import add_adapters, load_adapters, lora_layers, save_adapters
+from sail_rl.model.lora import add_adapters, load_adapters, lora_layers, merged, save_adapters
 from sail_rl.optimizer import make_optimizer, set_learning_rate
 from sail_rl.policy import Policy
 from sail_rl.update import update_policy
@@ -120,12 +120,12 @@ def test_the_seed_decides_how_adapters_start(base):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_merged_weights_are_the_same_model(base, batch, kind):
-    """What an engine is given: the base model's names, the adapted model's function, and nothing changed by it."""
+    """What an engine is given, before it is laid out as in files: the base model's names, the adapted model's function."""
     model = trained(base, kind, ("llm",) if kind != "dense" else ("tower", "llm"))
     before, logits = copy.deepcopy(model.state_dict()), logits_of(model, batch)
     plain = AutoModelForImageTextToText.from_pretrained(base / kind)
     assert (logits - logits_of(plain, batch)).abs().max() > 0.1
-    parameters = dict(full_parameters(model))
+    parameters = dict(merged(model, model.named_parameters()))
     assert parameters.keys() == dict(plain.named_parameters()).keys()
     plain.load_state_dict(parameters)
     torch.testing.assert_close(logits_of(plain, batch), logits, atol=1e-5, rtol=0)
@@ -209,7 +209,7 @@ def test_the_reference_is_the_starting_policy(base, batch):
 def test_a_step_trains_the_adapters_alone_and_the_kl_is_to_the_start(base, processor, checkpointing):
     """Two updates of train_grpo.py with a KL term, compared with a reference that is a model of its own."""
     grpo, optim = GrpoSection(beta=0.5), OptimSection(learning_rate=1e-2, lr_scheduler_type="constant")
-    recipe = SimpleNamespace(grpo=grpo, optim=optim, rollout=SimpleNamespace(temperature=1.0))
+    recipe = SimpleNamespace(grpo=grpo, optim=optim, rollout=SimpleNamespace(temperature=1.0, engine="hf"))
     run, batches, figures = Run(recipe, None, Accelerator(cpu=True), Shard()), [make_batch(groups(processor))], {}
     section = ModelSection(path=str(base / "dense"), lora=LoraSection(parts=["tower", "llm"]))
     for how in ("adapters off", "a model of its own"):

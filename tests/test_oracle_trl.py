@@ -180,7 +180,7 @@ def our_side(
     """(loss, gradient of every parameter, log figures, rows of each micro-batch), by what `train_grpo.py` calls."""
     grpo = GrpoSection(**settings, num_iterations=2 if off_policy else 1)
     model = copy.deepcopy(world.policy).train()
-    recorder, rollout = Recorder(model), SimpleNamespace(temperature=temperature)
+    recorder, rollout = Recorder(model), SimpleNamespace(temperature=temperature, engine="hf")
     recipe = SimpleNamespace(grpo=grpo, rollout=rollout, optim=SimpleNamespace(max_grad_norm=math.inf))
     run = Run(recipe, None, recorder, Shard())
     advantages = group_advantages(REWARDS, GROUP, grpo.scale_rewards)

@@ -146,7 +146,7 @@ def supervised_gradient(model, batches, coefficient):
 
 def policy_gradient(model, batches, coefficient):
     """(figures, gradients) of train_grpo.py's update."""
-    run = run_of(coefficient, grpo=GrpoSection(), rollout=SimpleNamespace(temperature=1.0))
+    run = run_of(coefficient, grpo=GrpoSection(), rollout=SimpleNamespace(temperature=1.0, engine="hf"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     figures = update_policy(run, Policy(model), None, optimizer, batches, normaliser=9.0, suppressed=())
     return figures, gradients_of(model)

@@ -182,8 +182,8 @@ def of_one_dtype(query, key, value, **options):
 
 def run_of(asked, device="cpu", precision="no"):
     """What `choose_attention` looks at."""
-    recipe = SimpleNamespace(update=UpdateSection(attention=asked))
-    accelerator = SimpleNamespace(device=torch.device(device), mixed_precision=precision)
+    recipe = SimpleNamespace(update=UpdateSection(attention=asked), trainer=SimpleNamespace(mixed_precision=precision))
+    accelerator = SimpleNamespace(device=torch.device(device))
     return SimpleNamespace(recipe=recipe, accelerator=accelerator, is_main=True)
 
 
