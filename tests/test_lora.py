@@ -120,7 +120,7 @@ def test_the_seed_decides_how_adapters_start(base):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_merged_weights_are_the_same_model(base, batch, kind):
-    """What an engine is given, before it is laid out as in files: the base model's names, the adapted model's function."""
+    """What an engine is given, before it is laid out as in files: the base model's names, the adapted function."""
     model = trained(base, kind, ("llm",) if kind != "dense" else ("tower", "llm"))
     before, logits = copy.deepcopy(model.state_dict()), logits_of(model, batch)
     plain = AutoModelForImageTextToText.from_pretrained(base / kind)
