@@ -47,8 +47,6 @@ class EngineSettings:
     """Cache on a CPU."""
     enforce_eager: bool = False
     """No CUDA graphs: a faster start and slower writing."""
-    launcher: bool = False
-    """Whether this is one of several processes that a launcher has started and that each have an engine."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,6 @@ def start(folder: Path, settings: EngineSettings) -> Any:
         logprobs_mode="processed_logprobs",  # at the sampling temperature, suppressed tokens left out
         skip_mm_profiling=not on_gpu,
         mm_device_do_normalize=False,  # pictures reach the model as the processor made them, and can be compared
-        distributed_executor_backend="external_launcher" if settings.launcher else None,
         seed=0,
     )
     # vLLM seeds the whole process, and on a CPU takes away the function that sets the number of threads.

@@ -26,6 +26,8 @@ def make_vllm_engine(run: Run, model, processor, suppressed: list[int]) -> Rollo
     """vLLM in this process, started from a folder of the run's own."""
     if importlib.util.find_spec("vllm") is None:
         raise BadInput(f"rollout.engine = vllm_colocate: vllm is not installed; {INSTALL_VLLM}")
+    if run.shard.world_size > 1:
+        raise BadInput("rollout.engine = vllm_colocate: only one process can have an engine yet; use rollout.engine=hf")
     from rollouts.vllm_colocate import EngineSettings, VLLMEngine
 
     rollout, vllm = run.recipe.rollout, run.recipe.rollout.vllm
@@ -39,7 +41,6 @@ def make_vllm_engine(run: Run, model, processor, suppressed: list[int]) -> Rollo
         gpu_memory_utilization=vllm.gpu_memory_utilization,
         kv_cache_gib=vllm.kv_cache_gib,
         enforce_eager=vllm.enforce_eager,
-        launcher=run.shard.world_size > 1,
     )
     if run.is_main:
         print("starting vLLM in this process", flush=True)

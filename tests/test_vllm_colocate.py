@@ -299,3 +299,15 @@ def test_the_quickstart_with_vllm(start, tmp_path):
         assert 0 < record["parity/mean"] <= record["parity/p99"] <= record["parity/max"] < CLOSE
         assert record["parity/ratio_min"] <= 1 <= record["parity/ratio_max"]
         assert record["grad_norm"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["tiny", "tiny_internvl", "tiny_qwen3_vl"])
+def test_families(family, tmp_path):
+    """Fresh weights of every family pass the gate, and agree at every step; more than a tile where there are tiles."""
+    changes = [*SMALL_GRPO, "rollout.engine=vllm_colocate", f"model={{random_init: {family}}}"]
+    changes += ["grpo.beta=0.1"] + (["model.max_tiles=4"] if family != "tiny_qwen3_vl" else [])
+    result = command("sail_rl/train_grpo.py", "recipes/quickstart.yaml", *changes, f"output_dir={tmp_path}")
+    assert result.returncode == 0, result.stderr[-5000:]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(record["parity/max"] < CLOSE for record in records)
