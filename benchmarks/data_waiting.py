@@ -20,7 +20,7 @@ from statistics import mean
 import numpy as np
 from PIL import Image
 
-from sail_rl.config import DataSection, FileSource, PictureSource
+from sail_rl.config_data import DataSection, FileSource, PictureSource
 from sail_rl.data.sources import Rows, open_rows
 from sail_rl.data.stream import RowStream, Shard
 from sail_rl.data.workers import Workers, packed

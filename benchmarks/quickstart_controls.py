@@ -79,7 +79,7 @@ def majority_rate(run: Path) -> float:
 def blank_accuracy(run: Path) -> float:
     """Accuracy of the final model on the same questions, every picture replaced by a grey one."""
     from rollouts.hf import HFEngine
-    from sail_rl.config import ModelSection
+    from sail_rl.config_data import ModelSection
     from sail_rl.data.stream import Shard
     from sail_rl.eval import evaluate, share
     from sail_rl.launch import Run

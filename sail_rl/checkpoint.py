@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from sail_rl.config import ModelSection
+from sail_rl.config_data import ModelSection
 from sail_rl.launch import Run
 from sail_rl.model.file_layout import in_file_layout
 from sail_rl.model.lora import base_name, has_adapters, load_adapters, merged, save_adapters

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from sail_rl.config import expand_source
+from sail_rl.config_data import expand_source
 
 RecipeType = TypeVar("RecipeType", bound=BaseModel)
 EXIT_BAD_INPUT = 2

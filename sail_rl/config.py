@@ -3,180 +3,11 @@
 Nothing here imports torch, so that `--help`, `--dry-run` and mistakes are answered at once.
 """
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, unknown keys are mistakes, values are not coerced."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class LoraSection(Section):
-    """Low-rank adapters in the linear layers of some parts; everything else is frozen. peft's names and meanings."""
-
-    r: Annotated[int, Field(ge=1)] = 16
-    lora_alpha: Annotated[int, Field(ge=1)] = 32
-    """The adapters' product is scaled by `lora_alpha / r`."""
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    parts: Annotated[list[Literal["tower", "llm"]], Field(min_length=1)] = ["llm"]
-    """Whose linear layers get adapters: attention and dense feed-forward layers, never embeddings, the head, or a
-    mixture's router and experts."""
-
-
-class ModelSection(Section):
-    """What is trained."""
-
-    path: Annotated[str, Field(min_length=1)] | None = None
-    """A checkpoint folder or a Hub id."""
-    random_init: Literal["tiny", "tiny_qwen3_vl", "tiny_internvl"] | None = None
-    """Instead of a path: fresh weights of this kind, with a tokenizer for the built-in picture task. `tiny` is a
-    SAIL-VL2."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights; matrix products follow `trainer.mixed_precision`. Weights in bfloat16 cannot take the small steps
-    of a learning rate below about 1e-4."""
-    freeze: list[Literal["tower", "adapter", "llm"]] = []
-    """Parts that are not trained. With `lora` all weights of the model are frozen anyway."""
-    lora: LoraSection | None = None
-    """Train adapters instead of the weights, which then may be in bfloat16. `checkpoints/step_N` holds the adapters
-    alone, in peft's format; `final` is the model with the adapters merged into its weights, and `final/adapter` the
-    adapters for the model at `path`."""
-    router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the load-balancing loss of a mixture of experts (Switch Transformer's, over the tokens of all
-    processes). 0, as the Qwen3 checkpoints have it switched off; 0.001 is what their configuration names."""
-    max_tiles: Annotated[int, Field(ge=1)] | None = None
-    """Most tiles a picture is cut into; the checkpoint's own value when left out. Qwen-VL cuts no tiles."""
-    min_tiles: Annotated[int, Field(ge=1)] | None = None
-    """Fewest tiles, in which small pictures are enlarged; the checkpoint's own value when left out."""
-    any_resolution: bool | None = None
-    """SAIL-VL2 only: pictures at their native size, up to 1792 x 1792 pixels, instead of tiles; the checkpoint's own
-    way when left out."""
-
-    @model_validator(mode="after")
-    def tiles_in_order(self):
-        if self.min_tiles and self.max_tiles and self.min_tiles > self.max_tiles:
-            raise ValueError(f"`min_tiles` = {self.min_tiles} is more than `max_tiles` = {self.max_tiles}")
-        return self
-
-    @model_validator(mode="after")
-    def one_origin(self):
-        if (self.path is None) == (self.random_init is None):
-            raise ValueError("give exactly one of `path` and `random_init`")
-        return self
-
-    @model_validator(mode="after")
-    def lora_fits(self):
-        if self.lora and self.random_init:
-            raise ValueError("lora trains adapters for a checkpoint: give `path` instead of `random_init`")
-        both = sorted(set(self.freeze) & set(self.lora.parts if self.lora else []))
-        if both:
-            raise ValueError(f"`freeze` and `lora.parts` both name {both[0]}; leave it out of one of them")
-        return self
-
-
-Family = Literal["cards", "shapes", "bars", "path", "geometry"]
-FAMILIES = get_args(Family)
-
-
-class PictureSource(Section):
-    """The built-in picture task: drawn on demand, endless, nothing to download."""
-
-    source: Literal["pictures"] = "pictures"
-    families: Annotated[list[Family], Field(min_length=1)] = list(FAMILIES)
-    levels: Annotated[list[Literal[1, 2, 3]], Field(min_length=1)] = [1, 2, 3]
-    steps: Annotated[list[Literal["direct", "two_step"]], Field(min_length=1)] = ["direct", "two_step"]
-    forms: list[str] | None = None
-    """Question forms by name, such as `sum` or `tallest`; all forms of the families, levels and steps when left out."""
-    split: Literal["train", "validation"] | None = None
-    """`train` for data.train and `validation` for data.eval when left out."""
-    rows: Annotated[int, Field(ge=1)] | None = None
-    """How many different rows; endless for training and 400 for evaluation when left out."""
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def known_forms(self):
-        if self.forms is not None:
-            from sail_rl.data.pictures import possible_turns
-
-            possible_turns(tuple(self.families), tuple(self.levels), tuple(self.steps), tuple(self.forms))
-        return self
-
-
-class FileSource(Section):
-    """A local .jsonl or .parquet file; picture paths are relative to the file's folder."""
-
-    source: Literal["file"] = "file"
-    path: str
-
-
-class HubSource(Section):
-    """A dataset of the Hugging Face Hub."""
-
-    source: Literal["hub"] = "hub"
-    path: str
-    """The dataset's id, such as `hiyouga/geometry3k`."""
-    config: str | None = None
-    split: str = "train"
-
-
-def source_kind(value: Any) -> str:
-    """Which kind of source a mapping (or a section) describes."""
-    return str(value.get("source", "file") if isinstance(value, dict) else getattr(value, "source", "file"))
-
-
-Source = Annotated[
-    Annotated[PictureSource, Tag("pictures")] | Annotated[FileSource, Tag("file")] | Annotated[HubSource, Tag("hub")],
-    Discriminator(source_kind),
-]
-
-
-def expand_source(value: Any) -> Any:
-    """Allow `train: rows.jsonl`, `train: pictures` and `train: owner/name` for the mappings they stand for."""
-    if not isinstance(value, str):
-        return value
-    if value == "pictures":
-        return {"source": "pictures"}
-    return {"source": "file" if value.endswith((".jsonl", ".json", ".parquet")) else "hub", "path": value}
-
-
-Share = Annotated[float, Field(gt=0)]
-
-
-class DataSection(Section):
-    """Where questions come from and how they are put to the model."""
-
-    train: Source
-    eval: Source | None = None
-    """Questions for the accuracy before, during and after training; none when left out."""
-    columns: dict[str, str] = {}
-    """Our column name -> the dataset's: `{question: problem, answer: gold}`."""
-    thinking: Literal["think", "direct", "judge"] = "think"
-    """Answer form that is asked for: reasoning and a boxed answer; a boxed answer alone; or first a judgement whether
-    reasoning is needed, then reasoning or an empty think block, then a boxed answer."""
-    reasoning: Annotated[dict[str, Share], Field(min_length=1)] = {"terse": 1.0}
-    """Which reasoning traces SFT imitates: one kind, or several with their shares. `terse` is the column `reasoning`,
-    any other kind is `reasoning_<kind>`, with an answer of its own where the row has `answer_<kind>`."""
-    video_frames: Annotated[int, Field(ge=1)] = 16
-    """Most frames that are shown of a video, evenly spread over it."""
-    max_prompt_length: Annotated[int, Field(ge=1)] = 4096
-    """In tokens, pictures included; a longer prompt is a bad row, never cut."""
-    max_bad_rows: Annotated[int, Field(ge=0)] = 0
-    """Rows that cannot be used are set aside, with id and reason, up to this many; then the run stops."""
-    shuffle: bool = True
-    workers: Annotated[int, Field(ge=0)] | None = None
-    """Processes beside each that trains, which decode and cut the pictures of the next step while this one runs: one
-    more step's pictures in memory. When left out: with a GPU half of the cores, at most 4; without one none,
-    since the model itself keeps all cores busy."""
-
-    _expand = field_validator("train", "eval", mode="before")(expand_source)
-
-    @field_validator("reasoning", mode="before")
-    @classmethod
-    def expand_reasoning(cls, value: Any) -> Any:
-        """Allow `reasoning: wordy`."""
-        return {value: 1.0} if isinstance(value, str) else value
+from sail_rl.config_data import DataSection, ModelSection, Section
 
 
 class VLLMSection(Section):
@@ -311,7 +142,7 @@ class TrainerSection(Section):
     gradient_checkpointing: bool = False
     profile: bool = False
     """Write `profile/` in output_dir: a table of phase times and MFU, and a trace of the second and third step."""
-    log_with: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    log_with: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
 
 
 class CommonRecipe(Section):

@@ -10,7 +10,8 @@ from typing import Any, Literal, TypeVar, overload
 from PIL import Image
 
 from rollouts import Prompt, Rollout
-from sail_rl.config import DataSection, SftRecipe
+from sail_rl.config import SftRecipe
+from sail_rl.config_data import DataSection
 from sail_rl.data.example import Example
 from sail_rl.data.prompting import Sample, make_prompt, make_sample, pick_kind
 from sail_rl.data.sources import open_rows

@@ -13,7 +13,8 @@ import yaml
 
 from rewards.load import RewardError, find_reward
 from sail_rl.command_line import BadInput
-from sail_rl.config import CommonRecipe, FileSource, GrpoRecipe
+from sail_rl.config import CommonRecipe, GrpoRecipe
+from sail_rl.config_data import FileSource
 
 # Keys that may differ when a run goes on: they change how long and how loudly it runs, not what it computes.
 FREE_KEYS = (

@@ -17,7 +17,7 @@ from transformers import (
 from rollouts import Prompt, Rollout, Sampling
 from rollouts.hf import HFEngine
 from sail_rl.batch import Group, make_batch
-from sail_rl.config import ModelSection
+from sail_rl.config_data import ModelSection
 from sail_rl.data.example import Example, conversation
 from sail_rl.data.prompting import make_prompt
 from sail_rl.model.load import TINY, image_token_ids, load_model

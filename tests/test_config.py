@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from sail_rl.command_line import BadInput, load_recipe, recipe_text
-from sail_rl.config import FAMILIES, GrpoRecipe, SftRecipe
+from sail_rl.config import GrpoRecipe, SftRecipe
+from sail_rl.config_data import FAMILIES
 
 REPO = Path(__file__).resolve().parent.parent
 RECIPES = sorted((REPO / "recipes").glob("*.yaml"))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sail_rl.command_line import BadInput
-from sail_rl.config import FileSource
+from sail_rl.config_data import FileSource
 from sail_rl.data.example import BadRow, make_example
 from sail_rl.data.prompting import pick_kind, target_text
 from sail_rl.data.sources import JsonLinesRows, open_rows

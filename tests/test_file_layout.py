@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from tiny_models import mixture, processor_for_questions
 
 from sail_rl.checkpoint import full_parameters, weight_names
-from sail_rl.config import LoraSection
+from sail_rl.config_data import LoraSection
 from sail_rl.model.load import PARTS
 from sail_rl.model.lora import add_adapters
 

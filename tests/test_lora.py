@@ -17,7 +17,8 @@ from transformers import AutoModelForImageTextToText, InternVLConfig, InternVLFo
 from sail_rl.batch import make_batch
 from sail_rl.checkpoint import full_parameters, save_model
 from sail_rl.command_line import BadInput, load_recipe
-from sail_rl.config import GrpoSection, LoraSection, ModelSection, OptimSection, SftRecipe
+from sail_rl.config import GrpoSection, OptimSection, SftRecipe
+from sail_rl.config_data import LoraSection, ModelSection
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
 from sail_rl.model.load import PARTS, load_model, prepare_for_training, starting_policy

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from sail_rl.checkpoint import save_model
 from sail_rl.command_line import BadInput
-from sail_rl.config import ModelSection, OptimSection
+from sail_rl.config import OptimSection
+from sail_rl.config_data import ModelSection
 from sail_rl.model import SailVL2Config, SailVL2ForConditionalGeneration, SailVL2Processor
 from sail_rl.model.load import load_model, prepare_for_training
 from sail_rl.optimizer import make_optimizer, set_learning_rate

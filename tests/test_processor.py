@@ -15,7 +15,7 @@ from transformers import AutoProcessor
 from transformers.utils import is_torchvision_available
 
 from sail_rl.command_line import BadInput
-from sail_rl.config import ModelSection
+from sail_rl.config_data import ModelSection
 from sail_rl.data.images import BadRow, decode_image
 from sail_rl.model import SailVL2ImageProcessor, SailVL2Processor
 from sail_rl.model.load import set_tiles

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rollouts import Prompt
 from sail_rl.batch import Group
-from sail_rl.config import LoraSection, ModelSection
+from sail_rl.config_data import LoraSection, ModelSection
 from sail_rl.data.example import Example, conversation
 from sail_rl.data.prompting import make_prompt
 from sail_rl.model.load import PARTS, TINY, load_model

@@ -17,7 +17,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from sail_rl.batch import idle_group, make_batch
 from sail_rl.checkpoint import save_model
 from sail_rl.command_line import BadInput
-from sail_rl.config import GrpoSection, ModelSection
+from sail_rl.config import GrpoSection
+from sail_rl.config_data import ModelSection
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
 from sail_rl.losses import balance_loss

@@ -20,7 +20,7 @@ from vllm_answers import ENGINE
 import sail_rl.model  # noqa: F401
 from rollouts import Prompt, Sampling
 from rollouts.hf import HFEngine
-from sail_rl.config import LoraSection
+from sail_rl.config_data import LoraSection
 from sail_rl.data.example import make_example
 from sail_rl.data.pictures import picture_row
 from sail_rl.data.prompting import prompt_text, show_frames

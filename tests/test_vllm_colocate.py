@@ -22,7 +22,8 @@ from rollouts.hf import HFEngine
 from sail_rl.batch import Group, make_batch
 from sail_rl.checkpoint import full_parameters
 from sail_rl.command_line import BadInput
-from sail_rl.config import GrpoRecipe, LoraSection
+from sail_rl.config import GrpoRecipe
+from sail_rl.config_data import LoraSection
 from sail_rl.data.stream import Shard
 from sail_rl.engines import make_engine
 from sail_rl.launch import Run

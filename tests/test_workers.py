@@ -18,7 +18,7 @@ from conftest import ROOT, SMALL, SMALL_GRPO, command
 from PIL import Image
 
 from sail_rl.command_line import BadInput
-from sail_rl.config import DataSection
+from sail_rl.config_data import DataSection
 from sail_rl.data.sources import JsonLinesRows
 from sail_rl.data.stream import RowStream, Shard
 from sail_rl.data.workers import Workers

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sail_rl.command_line import BadInput
-from sail_rl.config import FileSource, HubSource, PictureSource
+from sail_rl.config_data import FileSource, HubSource, PictureSource
 from sail_rl.data.example import BadRow
 from sail_rl.data.pictures import picture_row
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import sail_rl.model  # noqa: F401  (registers SAIL-VL2 with the Auto classes)
 from sail_rl.command_line import BadInput
-from sail_rl.config import ModelSection
+from sail_rl.config_data import ModelSection
 from sail_rl.data.pictures import picture_row
 from sail_rl.model.lora import StartingModel, add_adapters
 from sail_rl.model.processing_sail_vl2 import SailVL2Processor

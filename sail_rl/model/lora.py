@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sail_rl.command_line import BadInput
-from sail_rl.config import LoraSection
+from sail_rl.config_data import LoraSection
 from sail_rl.sharding import full, gathered
 
 ADAPTER = "default"  # peft's name for the only adapter of a model
