@@ -44,8 +44,8 @@ class ModelSection(Section):
     alone, in peft's format; `final` is the model with the adapters merged into its weights, and `final/adapter` the
     adapters for the model at `path`."""
     router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the load-balancing loss of a mixture of experts (Switch Transformer's, over the tokens of all
-    processes). 0, as the Qwen3 checkpoints have it switched off; 0.001 is what their configuration names."""
+    """Weight of the load-balancing loss of a mixture of experts (Switch Transformer's, over a micro-batch of
+    all processes). 0, as the Qwen3 checkpoints have it switched off; 0.001 is what their configuration names."""
     max_tiles: Annotated[int, Field(ge=1)] | None = None
     """Most tiles a picture is cut into; the checkpoint's own value when left out. Qwen-VL cuts no tiles."""
     min_tiles: Annotated[int, Field(ge=1)] | None = None

@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 from balance_process import EXPERTS, LAYERS, PER_TOKEN, TOKENS, half_mask, part_of_a_process, random_logits
-from conftest import command, torchrun
+from conftest import SMALL_GRPO, command, torchrun
 from PIL import Image
 from tiny_models import completion_logits, dense, groups, mixed_batch, mixture, processor_for_questions
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
@@ -180,6 +180,18 @@ def test_both_updates_add_it(processor, update):
     assert (gradients["lm_head.weight"] == plain["lm_head.weight"]).all()
 
 
+def test_each_micro_batch_is_balanced_by_itself(processor):
+    """The loss is no sum over tokens: it depends on the cut into micro-batches, and nothing else of an update does."""
+    ours, idle = groups(processor), idle_group(processor, with_picture=True)
+    whole, parts = [make_batch([*ours, idle])], [make_batch([ours[0], idle]), make_batch(ours[1:])]
+
+    def norm(batches, coefficient):
+        return policy_gradient(mixture(processor).train(), batches, coefficient)[0]["grad_norm"]
+
+    assert norm(whole, 0.0) == pytest.approx(norm(parts, 0.0), rel=1e-5)
+    assert norm(whole, 5.0) != pytest.approx(norm(parts, 5.0), rel=1e-3)
+
+
 def test_a_dense_model_logs_nothing_of_routers(processor):
     figures, _ = supervised_gradient(dense(processor).train(), [mixed_batch(processor)], 0.0)
     assert [name for name in figures if name.startswith("router")] == []
@@ -191,6 +203,26 @@ def test_the_coefficient_needs_a_mixture(processor, tmp_path):
     load_model(ModelSection(path=str(tmp_path / "mixture"), router_aux_loss_coef=0.01), seed=0)
     with pytest.raises(BadInput, match=r"model\.router_aux_loss_coef.*has no mixture of experts"):
         load_model(ModelSection(path=str(tmp_path / "dense"), router_aux_loss_coef=0.01), seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize(("coefficient", "budget"), [(0.0, 100), (0.1, 16384)])
+def test_grpo_on_two_processes_equals_one(processor, mixed_rows, tmp_path, coefficient, budget):
+    """Cut into several micro-batches without the loss, and with it where each process has one."""
+    save_model(tmp_path / "start", mixture(processor), processor)
+    model = f"{{path: {tmp_path / 'start'}, router_aux_loss_coef: {coefficient}}}"
+    common = ["sail_rl/train_grpo.py", "recipes/quickstart.yaml", *SMALL_GRPO, f"model={model}", "data.eval=null"]
+    common += [f"rewards=[{{function: '{mixed_rows / 'mine.py'}:spread'}}]", f"data.train={mixed_rows / 'rows.jsonl'}"]
+    common += ["data.shuffle=false", f"update.token_budget={budget}", "grpo.beta=0.1", "optim.warmup_steps=0"]
+    found = []
+    for processes, launcher in (("one", (sys.executable,)), ("two", torchrun(2))):
+        result = command(*common, f"output_dir={tmp_path / processes}", launcher=launcher)
+        assert result.returncode == 0, result.stderr
+        lines = (tmp_path / processes / "metrics.jsonl").read_text().splitlines()
+        found.append([[json.loads(line)[name] for name in ("loss", "grad_norm", "kl")] for line in lines])
+    for one, two in zip(*found, strict=True):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.slow
