@@ -105,21 +105,20 @@ def sync_gradients(run: Run, model: nn.Module, last: bool) -> AbstractContextMan
 def clip_and_step(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     """Clip the gradient and step; its norm before. DeepSpeed has done both, and only tells the norm."""
     if not sharding_of(run.accelerator):
-        fill_gradients(optimizer)
+        fill_gradients(model)
     norm = run.accelerator.clip_grad_norm_(model.parameters(), run.recipe.optim.max_grad_norm)
     optimizer.step()
     return float(full(torch.as_tensor(norm)))
 
 
-def fill_gradients(optimizer: torch.optim.Optimizer) -> None:
+def fill_gradients(model: nn.Module) -> None:
     """A gradient of zero for what no batch of the step has touched, such as the tower in a step of text alone.
 
     AdamW would pass it by on one process, and moves it on where several have shown it a blank picture.
     """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 # ---- whole weights

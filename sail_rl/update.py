@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch import nn
 
 from rollouts import Rollout
 from sail_rl.advantage import Advantages
@@ -18,11 +19,11 @@ from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
 from sail_rl.losses import balance_loss, importance_weights, masked_sum, policy_loss, supervised_loss
 from sail_rl.model.frozen_tower import features_kept, has_frozen_tower
-from sail_rl.model.lora import StartingModel
+from sail_rl.model.lora import adapters_off
 from sail_rl.model.prefix_sharing import ReadPrompt
 from sail_rl.model.router import experts_per_token, find_routers, recorded_routers
 from sail_rl.parity import parity_figures
-from sail_rl.policy import Policy, compute_prompt
+from sail_rl.policy import compute_prompt
 from sail_rl.questions import Question
 from sail_rl.sharding import autocast, clip_and_step, sharding_of, sync_gradients
 
@@ -70,10 +71,10 @@ def update_policy(
     # What a frozen tower gives does not change: it is kept where the same pictures are passed again.
     keep = has_frozen_tower(model) and (grpo.num_iterations > 1 or reference is not None)
     features: list[Any] = [[] if keep else None for _ in batches]
+    references = reference_log_probs(run, reference, batches, suppressed, features)
     for _ in range(grpo.num_iterations):
         optimizer.zero_grad()
         for number, (batch, prompt) in enumerate(after_their_prompts(run, model, batches)):
-            reference_BC = reference_log_probs(run, reference, batch, suppressed, features[number])
             with sync_gradients(run, model, last=number == len(batches) - 1):
                 with recorded_routers(model) as router_logits, features_kept(model, features[number]):
                     terms = model(batch, temperature, suppressed, prompt)
@@ -89,7 +90,7 @@ def update_policy(
                     epsilon_high=grpo.epsilon_high or grpo.epsilon,
                     normaliser=normaliser,
                     beta=grpo.beta,
-                    reference_log_probs_BT=reference_BC,
+                    reference_log_probs_BT=references[number],
                     importance_BT=importance_of(run.recipe, old_BC, batch),
                 )
                 balance, routing_sums = balance_term(run, model, router_logits, batch, read)
@@ -145,7 +146,7 @@ def after_their_prompts(
             prompt = compute_prompt(run.accelerator.unwrap_model(model).model, row) if row else None
         for batch in (first, *others):
             yield replace(replace(batch, prompt=None).to(device), prompt=row), prompt
-        if prompt:
+        if prompt and torch.is_grad_enabled():
             prompt.backward()
 
 
@@ -205,15 +206,20 @@ def routing_figures(model, sums: dict[str, float], iterations: int) -> dict[str,
     return {name: sums[key] / iterations for name, key in names.items()}
 
 
+@torch.no_grad()
 def reference_log_probs(
-    run: Run, reference: StartingModel | Policy | None, batch: TrainingBatch, suppressed: Sequence[int], features
-) -> torch.Tensor | None:
-    """How the starting model sees the same tokens, in the policy's precision; None without a KL term."""
+    run: Run, reference: nn.Module | None, batches: Sequence[TrainingBatch], suppressed: Sequence[int], features
+) -> list[torch.Tensor | None]:
+    """How the starting model sees each batch's tokens, in the policy's precision; None without a KL term."""
     if reference is None:
-        return None
-    module = reference.policy if isinstance(reference, StartingModel) else reference
-    with torch.no_grad(), autocast(run), features_kept(module, features):
-        return reference(batch, run.recipe.rollout.temperature, suppressed).log_probs_BT
+        return [None] * len(batches)
+    found: list[torch.Tensor | None] = []
+    with adapters_off(reference), autocast(run):
+        for number, (batch, prompt) in enumerate(after_their_prompts(run, reference, batches)):
+            with features_kept(reference, features[number]):
+                terms = reference(batch, run.recipe.rollout.temperature, suppressed, prompt)
+            found.append(terms.log_probs_BT)
+    return found
 
 
 def update_figures(sums: dict[str, float], iterations: int, grad_norm: float, with_kl: bool) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def world(request):
 
 
 def updated(world, frozen):
-    """(figures, weights, number of the tower's passes) of one update with a KL term and two iterations."""
+    """(figures, weights, number of the tower's passes) of one update: the reference's pass and two iterations."""
     model, passes = copy.deepcopy(world.model), []
     for part in frozen:
         freeze(model, part)
@@ -66,7 +66,7 @@ def test_each_picture_is_seen_once(world, monkeypatch):
     assert passes == len(world.batches)
     monkeypatch.setattr("sail_rl.update.has_frozen_tower", lambda model: False)
     expected, expected_weights, all_passes = updated(world, frozen)
-    assert all_passes == len(world.batches) * ITERATIONS * 2
+    assert all_passes == len(world.batches) * (ITERATIONS + 1)
     known = {name: value for name, value in expected.items() if value is not None}  # no engine wrote these completions
     assert {name: figures[name] for name in known} == pytest.approx(known, rel=1e-5, abs=1e-8)
     for name, weight in expected_weights.items():
@@ -75,7 +75,7 @@ def test_each_picture_is_seen_once(world, monkeypatch):
 
 
 def test_a_trained_tower_is_computed_in_every_pass(world):
-    assert updated(world, [])[2] == len(world.batches) * ITERATIONS * 2
+    assert updated(world, [])[2] == len(world.batches) * (ITERATIONS + 1)
 
 
 def test_what_counts_as_frozen(world):

@@ -237,10 +237,11 @@ def test_micro_batches_and_idle_rows_change_nothing(world, loss_type):
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_prompts_computed_apart_change_nothing(world, loss_type):
-    """Two iterations and a KL term; every group is beyond the budget."""
+def test_prompts_computed_apart_change_nothing(world, loss_type, monkeypatch):
+    """Two iterations and a KL term; every group is beyond the budget, and no row computes its prompt for itself."""
     settings = {"loss_type": loss_type, "beta": 0.04, "epsilon": 0.1, "temperature": 0.7}
     *whole, _, _ = our_side(world, off_policy=True, **settings)
+    monkeypatch.setattr("sail_rl.policy.compute_prompt", None)
     *apart, _, rows = our_side(world, off_policy=True, form="shared", token_budget=8, apart=True, **settings)
     assert len(rows) > len(world.rows) / GROUP + 1  # the last is the idle row
     assert_same(apart, whole)

@@ -12,7 +12,7 @@ import sail_rl.model  # noqa: F401  (registers SAIL-VL2 with the Auto classes)
 from sail_rl.command_line import BadInput
 from sail_rl.config_data import ModelSection
 from sail_rl.data.pictures import picture_row
-from sail_rl.model.lora import StartingModel, add_adapters
+from sail_rl.model.lora import add_adapters
 from sail_rl.model.processing_sail_vl2 import SailVL2Processor
 from sail_rl.model.released_config import released_values
 from sail_rl.model.router import find_routers
@@ -110,12 +110,11 @@ def freeze(model, part: str) -> None:
         parameter.requires_grad_(False)
 
 
-def starting_policy(
-    section: ModelSection, seed: int, policy: nn.Module, attention: Attention = "sdpa"
-) -> StartingModel | Policy:
-    """What the policy was before training, on its device: loaded once more, or the policy itself without adapters."""
+def starting_policy(section: ModelSection, seed: int, policy: nn.Module, attention: Attention = "sdpa") -> nn.Module:
+    """What the policy was before training, on its device: loaded once more, or the policy itself, whose adapters are to
+    be switched off."""
     if section.lora:
-        return StartingModel(policy)
+        return policy
     return Policy(load_model(section, seed)[0].eval().to(next(policy.parameters()).device), attention)
 
 

@@ -6,7 +6,6 @@ The model keeps its class and its names: peft replaces a linear layer `name` by 
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +113,9 @@ def load_adapters(folder: Path, model: Any) -> None:
     set_peft_model_state_dict(model, bare, adapter_name=ADAPTER)
 
 
-@dataclass(frozen=True)
-class StartingModel:
-    """The policy as it was before training: the same weights, with the adapters switched off for the call."""
-
-    policy: nn.Module
-
-    def __call__(self, *arguments: Any) -> Any:
-        with adapters_off(self.policy):
-            return self.policy(*arguments)
-
-
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The base model's own function, within the block."""
+    """The model as it was before its adapters were trained, within the block; any other model as it is."""
     for _, layer in lora_layers(model):
         layer.enable_adapters(False)
     yield
