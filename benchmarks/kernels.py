@@ -103,7 +103,7 @@ def families(short: bool) -> dict[str, dict[str, Variant]]:
         },
     }
     if torch.cuda.is_available() and find_spec("liger_kernel"):
-        found["liger"] = {"eager": Variant(), "liger": Variant(use_liger)}
+        found["liger"] = {"eager": Variant(), "liger": Variant(with_liger)}
     return found
 
 
@@ -158,26 +158,11 @@ def use_experts(name: str) -> Callable[[Any], None]:
     return lambda policy: policy.base_model.language_model.set_experts_implementation(name)
 
 
-def use_liger(policy) -> None:
-    """Liger's Triton kernels in the language model, and in no other model of this process."""
-    import sys
+def with_liger(policy) -> None:
+    """As `model.use_liger_kernel` does. The rotary embedding stays liger's from then on, also for the other variant."""
+    from sail_rl.model.liger import use_liger
 
-    from liger_kernel.transformers import LigerSwiGLUMLP, liger_rotary_pos_emb
-    from liger_kernel.transformers.monkey_patch import _patch_rms_norm_module
-
-    def rotary(module, function):
-        """The embedding is a function of the modelling module: exchanged while one of these layers runs."""
-        return lambda *call: setattr(module, "apply_rotary_pos_emb", function)
-
-    _patch_rms_norm_module(policy.base_model.language_model.norm)
-    for layer in decoder_layers(policy):
-        attention = layer.self_attn
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm):
-            _patch_rms_norm_module(norm)
-        layer.mlp.forward = LigerSwiGLUMLP.forward.__get__(layer.mlp)
-        module: Any = sys.modules[type(attention).__module__]
-        attention.register_forward_pre_hook(rotary(module, liger_rotary_pos_emb))
-        attention.register_forward_hook(rotary(module, module.apply_rotary_pos_emb))
+    use_liger(policy)
 
 
 def measure(family: str, world, variants: Mapping[str, Variant], rounds: int) -> list[dict[str, Any]]:

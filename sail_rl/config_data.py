@@ -46,6 +46,9 @@ class ModelSection(Section):
     router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the load-balancing loss of a mixture of experts (Switch Transformer's, over a micro-batch of
     all processes). 0, as the Qwen3 checkpoints have it switched off; 0.001 is what their configuration names."""
+    use_liger_kernel: bool = False
+    """Liger's Triton kernels for the language model's norms, gated layers and rotary embedding. A GPU and
+    `--extra liger` are needed; benchmarks/kernels.py says what they gain."""
     max_tiles: Annotated[int, Field(ge=1)] | None = None
     """Most tiles a picture is cut into; the checkpoint's own value when left out. Qwen-VL cuts no tiles."""
     min_tiles: Annotated[int, Field(ge=1)] | None = None

@@ -115,3 +115,16 @@ def test_the_2b_shapes_read_a_picture_in_bfloat16():
     logits = model(input_ids=tokens, pixel_values=picture).logits
     logits.float().logsumexp(-1).sum().backward()
     assert all(torch.isfinite(weight.grad).all() for weight in model.parameters() if weight.grad is not None)
+
+
+def test_liger_computes_the_same():
+    """With its own kernels, gradients included."""
+    pytest.importorskip("liger_kernel")
+    from sail_rl.model.liger import use_liger
+
+    plain = dense(processor_for_questions()).cuda()
+    changed = copy.deepcopy(plain)
+    expected = log_probs_and_gradients(plain, "shared", "sdpa", autocast=False)
+    use_liger(changed)
+    for found, wanted in zip(log_probs_and_gradients(changed, "shared", "sdpa", False), expected, strict=True):
+        assert (found - wanted).norm() <= 1e-3 * wanted.norm()

@@ -12,6 +12,7 @@ import sail_rl.model  # noqa: F401  (registers SAIL-VL2 with the Auto classes)
 from sail_rl.command_line import BadInput
 from sail_rl.config_data import ModelSection
 from sail_rl.data.pictures import picture_row
+from sail_rl.model.liger import require_liger, use_liger
 from sail_rl.model.lora import add_adapters
 from sail_rl.model.processing_sail_vl2 import SailVL2Processor
 from sail_rl.model.released_config import released_values
@@ -51,6 +52,9 @@ def load_model(section: ModelSection, seed: int):
         freeze(model, part)
     if section.router_aux_loss_coef and not find_routers(model):
         raise BadInput(f"model.router_aux_loss_coef: {type(model).__name__} has no mixture of experts; leave it out")
+    if section.use_liger_kernel:
+        require_liger()
+        use_liger(model)
     if section.lora:
         add_adapters(model, section.lora, PARTS, str(section.path), seed)
     return model, processor
