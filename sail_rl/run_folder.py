@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from rewards.load import RewardError, find_reward
 from sail_rl.command_line import BadInput
@@ -42,12 +43,22 @@ def check_run(recipe: CommonRecipe) -> None:
         return
     if recipe.trainer.resume == "never":
         raise BadInput(f"output_dir = {folder} already has a run, and trainer.resume = never; name another folder")
-    differences = changed_keys(yaml.safe_load((folder / "config.yaml").read_text()), recipe.model_dump(mode="json"))
+    differences = changed_keys(saved_recipe(folder, type(recipe)), recipe.model_dump(mode="json"))
     if differences:
         raise BadInput(
             f"output_dir = {folder} has a run with another recipe; go on with the same, or name another folder:\n"
             + "\n".join(f"  {key}: it was {old!r}, now {new!r}" for key, old, new in differences)
         )
+
+
+def saved_recipe(folder: Path, kind: type[CommonRecipe]) -> Any:
+    """The recipe of the run in a folder. Keys that are newer than it have their defaults; what no longer is a recipe of
+    this kind stays as it was written."""
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    try:
+        return kind.model_validate(saved).model_dump(mode="json")
+    except ValidationError:
+        return saved
 
 
 def has_begun(folder: Path) -> bool:

@@ -74,6 +74,22 @@ def test_a_changed_recipe_is_refused_with_the_difference(run_folder):
     ]
 
 
+def test_keys_that_are_newer_than_a_run_have_their_defaults(run_folder):
+    saved = yaml.safe_load((run_folder / "config.yaml").read_text())
+    del saved["update"]["attention"], saved["data"]["workers"]
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(saved))
+    check_run(recipe(run_folder))
+    with pytest.raises(BadInput, match=r"update\.attention: it was 'auto', now 'flex'"):
+        check_run(recipe(run_folder, "update: {attention: flex}"))
+
+
+def test_the_recipe_of_another_version_is_compared_as_it_is(run_folder):
+    saved = yaml.safe_load((run_folder / "config.yaml").read_text())
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(saved | {"removed": 3}))
+    with pytest.raises(BadInput, match="removed: it was 3, now None"):
+        check_run(recipe(run_folder))
+
+
 def test_a_run_that_failed_before_its_first_step_may_be_changed(run_folder):
     (run_folder / "metrics.jsonl").unlink()
     check_run(recipe(run_folder, "seed: 1"))
