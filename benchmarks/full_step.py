@@ -13,7 +13,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from rollouts import Sampling
 from rollouts.hf import HFEngine
 from sail_rl import scoring
 from sail_rl.advantage import group_advantages
@@ -28,6 +27,7 @@ from sail_rl.model.load import image_token_ids, prepare_for_training
 from sail_rl.optimizer import make_optimizer, set_learning_rate
 from sail_rl.policy import Policy
 from sail_rl.questions import Question, question_stream
+from sail_rl.sampling import training_sampling
 from sail_rl.update import make_groups, update_policy
 
 Phases = dict[str, float]
@@ -57,7 +57,7 @@ def our_side(task: Task) -> Callable[[], Phases]:
     model, optimizer = run.accelerator.prepare(Policy(policy), make_optimizer(policy, recipe.optim))
     set_learning_rate(optimizer, recipe.optim, recipe.optim.warmup_steps + 1, recipe.trainer.max_steps)
     engine = HFEngine(policy, task.processor.tokenizer, suppressed, rollout.batch_size)
-    sampling = Sampling(rollout.max_completion_length, rollout.temperature, seed=recipe.seed)
+    sampling = training_sampling(recipe)
     watch = Stopwatch()
     chosen: list[Form] = []  # by the first step that has a group, as in train_grpo.py
 

@@ -30,6 +30,25 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Filters:
+    """What changes the model's distribution, beside the temperature, before a token is drawn; vLLM's meanings."""
+
+    repetition_penalty: float = 1.0
+    """On tokens of the prompt and of the completion so far; comes before the temperature, all else after it."""
+    min_p: float = 0.0
+    """The least probability, as a share of the likeliest token's."""
+    top_k: int = 0
+    """So many of the likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """The likeliest tokens, of what the others leave, that together have this probability."""
+
+    @property
+    def cut(self) -> bool:
+        """Whether some tokens are left out."""
+        return bool(self.min_p or self.top_k or self.top_p < 1)
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn."""
 
@@ -37,6 +56,9 @@ class Sampling:
     temperature: float = 1.0
     """0 takes the most likely token."""
     seed: int = 0
+    filters: Filters = Filters()
+    stop: tuple[str, ...] = ()
+    """A completion ends with the token that completes one of these texts, and keeps it."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +68,11 @@ class Rollout:
     token_ids: list[int]
     """Sampled tokens, the end token included when it was reached."""
     log_probs: list[float]
-    """The engine's log-probability of each sampled token, at the sampling temperature."""
+    """The engine's log-probability of each sampled token, in the distribution that it was drawn from."""
     text: str
     """Decoded without special tokens."""
     finish_reason: Literal["stop", "length"]
+    """`stop`: it ends with an end token or a stop text."""
     weight_version: int
     """Optimizer steps that the weights had seen."""
 

@@ -1,18 +1,21 @@
 """The reference engine: tokens written one after another by the trainer's own transformers model.
 
 Each prompt is read once: its key-value cache is then repeated for the group. Rows that have ended leave the batch.
-Tensor suffixes: _B prompts, _R rows that are still written (at first prompts x group), _T tokens, _V vocabulary.
+Tensor suffixes: _B prompts, _R rows that are still written (at first prompts x group), _T tokens, _P of a prompt,
+_V vocabulary.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 
-from rollouts import Prompt, Rollout, Sampling
+from rollouts import Filters, Prompt, Rollout, Sampling
+from rollouts.distribution import drawn_log_probs, first_places
 from rollouts.inputs import PICTURE_INPUTS, position_ids, stack_model_inputs, stack_prompts
 from rollouts.roomy_cache import give_room
 
@@ -26,21 +29,20 @@ class Written:
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     ended: bool = False
-    """Its last token is an end token."""
+    """Its last token is an end token, or completes a stop text."""
 
-    def add(self, token: int, log_prob: float, end_token_ids: set[int]) -> None:
+    def add(self, token: int, log_prob: float, ends: Callable[[list[int]], bool]) -> None:
         """One more token, unless the completion has ended and its row only waits to leave the batch."""
         if not self.ended:
             self.token_ids.append(token)
             self.log_probs.append(log_prob)
-            self.ended = token in end_token_ids
+            self.ended = ends(self.token_ids)
 
 
 class HFEngine:
     """Batched, KV-cached generation with a transformers model.
 
-    The checkpoint's own generation settings, such as a repetition penalty, would change what the trainer cannot see:
-    only its end tokens are taken over.
+    Of the checkpoint's own generation settings only the end tokens are taken over; all else is the recipe's.
     """
 
     def __init__(
@@ -91,11 +93,11 @@ class HFEngine:
         uniforms_RT = torch.from_numpy(draw_uniforms(prompts, group_size, sampling)).to(device)
         written = self._write(
             cache,
-            input_ids_BT[:, -1].repeat_interleave(group_size),
+            input_ids_BT.repeat_interleave(group_size, dim=0),
             mask_BT.repeat_interleave(group_size, dim=0),
             positions_BT[..., -1:].repeat_interleave(group_size, dim=-2),
             uniforms_RT,
-            sampling.temperature,
+            sampling,
         )
         return [self._rollout(completion) for completion in written]
 
@@ -114,8 +116,12 @@ class HFEngine:
         )
         return cache
 
-    def _write(self, cache: DynamicCache, last_R, mask_RT, position_R1, uniforms_RT, temperature) -> list[Written]:
+    def _write(
+        self, cache: DynamicCache, prompt_ids_RP, mask_RT, position_R1, uniforms_RT, sampling: Sampling
+    ) -> list[Written]:
         """A token a time for every row, until all have ended or are as long as there are random numbers."""
+        ends, last_R = partial(self._ends, stop=sampling.stop), prompt_ids_RP[:, -1]
+        seen_RV = self._seen(prompt_ids_RP, mask_RT, sampling.filters)
         written = [Written() for _ in range(len(last_R))]
         rows = list(range(len(written)))  # those in the batch
         for place in range(uniforms_RT.shape[1]):
@@ -127,9 +133,15 @@ class HFEngine:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            last_R, log_probs_R = draw(logits_RV, uniforms_RT[:, place], temperature, self.suppressed_token_ids)
+            log_probs_RV = drawn_log_probs(
+                logits_RV, sampling.temperature, self.suppressed_token_ids, sampling.filters, seen_RV
+            )
+            last_R = draw(log_probs_RV, uniforms_RT[:, place], sampling.temperature)
+            log_probs_R = log_probs_RV.gather(1, last_R[:, None])[:, 0]
             for row, token, log_prob in zip(rows, last_R.tolist(), log_probs_R.tolist(), strict=True):
-                written[row].add(token, log_prob, self.end_token_ids)
+                written[row].add(token, log_prob, ends)
+            if seen_RV is not None:
+                seen_RV.scatter_(1, last_R[:, None], True)
             staying = [index for index, row in enumerate(rows) if not written[row].ended]
             if not staying:
                 break
@@ -139,7 +151,23 @@ class HFEngine:
                 cache.batch_select_indices(index_R)
                 last_R, mask_RT, uniforms_RT = last_R[index_R], mask_RT[index_R], uniforms_RT[index_R]
                 position_R1, rows = position_R1.index_select(-2, index_R), [rows[index] for index in staying]
+                seen_RV = None if seen_RV is None else seen_RV[index_R]
         return written
+
+    def _seen(self, prompt_ids_RP, mask_RP, filters: Filters) -> torch.Tensor | None:
+        """[R, V] the tokens of the prompts, for a repetition penalty; None without one."""
+        if filters.repetition_penalty == 1:
+            return None
+        vocabulary = self.model.get_output_embeddings().out_features
+        return first_places(prompt_ids_RP.where(mask_RP > 0, -1), prompt_ids_RP[:, :0], vocabulary) < 0
+
+    def _ends(self, token_ids: list[int], stop: Sequence[str]) -> bool:
+        """Whether the last token ends the completion."""
+        if token_ids[-1] in self.end_token_ids:
+            return True
+        # A text that has just been completed stands in as many tokens as it has bytes, at most.
+        tail = token_ids[-max((len(text.encode()) for text in stop), default=0) :]
+        return bool(stop) and any(text in self.tokenizer.decode(tail, skip_special_tokens=True) for text in stop)
 
     def _rollout(self, completion: Written) -> Rollout:
         return Rollout(
@@ -151,22 +179,16 @@ class HFEngine:
         )
 
 
-def draw(
-    logits_RV: torch.Tensor, uniforms_R: torch.Tensor, temperature: float, suppressed: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token for each row and its log-probability; the likeliest token at temperature 0.
+def draw(log_probs_RV: torch.Tensor, uniforms_R: torch.Tensor, temperature: float) -> torch.Tensor:
+    """A token for each row; the likeliest at temperature 0.
 
     A row's token depends on its own random number alone, so completions do not depend on which prompts share a batch.
     """
-    logits_RV = logits_RV.float().index_fill(1, torch.tensor(suppressed, device=logits_RV.device).long(), -torch.inf)
-    log_probs_RV = torch.log_softmax(logits_RV / (temperature or 1.0), dim=-1)
     if temperature == 0:
-        tokens_R = log_probs_RV.argmax(-1)
-    else:
-        cumulative_RV = log_probs_RV.exp().cumsum(-1, dtype=torch.float64)
-        threshold_R1 = (uniforms_R * cumulative_RV[:, -1])[:, None]
-        tokens_R = torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0].clamp(max=logits_RV.shape[1] - 1)
-    return tokens_R, log_probs_RV.gather(1, tokens_R[:, None])[:, 0]
+        return log_probs_RV.argmax(-1)
+    cumulative_RV = log_probs_RV.exp().cumsum(-1, dtype=torch.float64)
+    threshold_R1 = (uniforms_R * cumulative_RV[:, -1])[:, None]
+    return torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0].clamp(max=log_probs_RV.shape[1] - 1)
 
 
 def draw_uniforms(prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> np.ndarray:

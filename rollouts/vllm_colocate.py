@@ -7,7 +7,7 @@ them come with the first push. Prompts are sent as token ids, so that nothing is
 import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +134,14 @@ class VLLMEngine:
             temperature=sampling.temperature,
             max_tokens=sampling.max_completion_length,
             seed=prompt_seed(sampling.seed, prompt.seed),
+            **asdict(sampling.filters),
             logit_bias=self.bias,
             # The end tokens are those of the trainer's model, whatever the folder's files say beside.
             stop_token_ids=self.end_token_ids,
             ignore_eos=True,
             logprobs=0,
-            detokenize=False,
+            stop=list(sampling.stop),
+            detokenize=bool(sampling.stop),
         )
 
     def _rollout(self, written: Any) -> Rollout:
@@ -150,7 +152,7 @@ class VLLMEngine:
             token_ids=token_ids,
             log_probs=log_probs,
             text=self.tokenizer.decode(token_ids, skip_special_tokens=True),
-            finish_reason="stop" if token_ids[-1] in self.end_token_ids else "length",
+            finish_reason=written.finish_reason,
             weight_version=self.weight_version,
         )
 
@@ -218,7 +220,7 @@ def start(folder: Path, settings: EngineSettings) -> Any:
         gpu_memory_utilization=settings.gpu_memory_utilization,
         enforce_eager=settings.enforce_eager or not on_gpu,
         enable_sleep_mode=on_gpu,
-        logprobs_mode="processed_logprobs",  # at the sampling temperature, suppressed tokens left out
+        logprobs_mode="processed_logprobs",  # of the distribution that tokens are drawn from
         skip_mm_profiling=not on_gpu,
         mm_device_do_normalize=False,  # pictures reach the model as the processor made them, and can be compared
         seed=0,

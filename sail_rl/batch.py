@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from rollouts import Prompt
-from rollouts.inputs import encoded_prompt, stack_model_inputs, stack_prompts
+from rollouts.inputs import encoded_prompt, pad_left, stack_model_inputs, stack_prompts
 from sail_rl.model.prefix_sharing import BEFORE
 
 PADDING = 0  # any token will do: padding is masked in attention and in the loss
@@ -68,6 +68,8 @@ class TrainingBatch:
     mask_BC: torch.Tensor
     """Float: 1 on tokens that are trained."""
     advantages_B: torch.Tensor
+    prompt_ids_BP: torch.Tensor
+    """The prompt of each completion, filled up with -1: what a repetition penalty falls on."""
     readers_RT: torch.Tensor
     """Float: how many trained completions read each token, themselves included."""
     model_inputs: dict[str, torch.Tensor]
@@ -115,7 +117,12 @@ def batches_apart(group: Group, token_budget: int) -> list[TrainingBatch]:
     prompt = make_batch([replace(group, completions=[[]], advantages=[], log_probs=[])], "shared")
     bare = replace(group, prompt=Prompt(group.prompt.id, []))
     return [
-        replace(make_batch([part], "shared"), **rows_after_prompt(part), prompt=prompt)
+        replace(
+            make_batch([part], "shared"),
+            **rows_after_prompt(part),
+            prompt=prompt,
+            prompt_ids_BP=prompt_ids([replace(part, prompt=group.prompt)]),
+        )
         for part in cut(bare, token_budget, "shared")
         if part.longest_completion
     ]
@@ -188,9 +195,16 @@ def make_batch(groups: Sequence[Group], form: Form = "padded") -> TrainingBatch:
         completion_ids_BC=torch.tensor([c + [PADDING] * (width - len(c)) for c in completions]),
         mask_BC=written_BC * trained_B[:, None],
         advantages_B=torch.tensor(advantages, dtype=torch.float32),
+        prompt_ids_BP=prompt_ids(groups),
         engine_log_probs_BC=engine_log_probs(groups, width),
         **rows,
     )
+
+
+def prompt_ids(groups: Sequence[Group]) -> torch.Tensor:
+    """[B, P] of each completion's prompt, -1 before it."""
+    ids_GP = pad_left([group.prompt.token_ids for group in groups], -1)
+    return ids_GP.long().repeat_interleave(torch.tensor([len(group.completions) for group in groups]), dim=0)
 
 
 def engine_log_probs(groups: Sequence[Group], width: int) -> torch.Tensor | None:

@@ -1,9 +1,10 @@
 """The `sail-rl` command: what is done to runs and checkpoints beside training."""
 
 import argparse
+import sys
 from pathlib import Path
 
-from sail_rl.command_line import BadInput, fail
+from sail_rl.command_line import EXIT_BAD_INPUT, BadInput, fail
 
 
 def main() -> None:
@@ -28,7 +29,19 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("--to", choices=("released", "native"), help="the layout to write; the other one if left out")
     convert.add_argument("--dry-run", action="store_true", help="check and tell, but write nothing")
     convert.set_defaults(run_command=convert_checkpoint)
+    doctor = commands.add_parser("doctor", help="check whether a recipe can be trained here, and write nothing")
+    doctor.add_argument("recipe", help="a YAML file, such as recipes/rlvr.yaml")
+    doctor.add_argument("overrides", nargs="*", metavar="key.sub=value", help="recipe keys to change")
+    doctor.set_defaults(run_command=examine_recipe)
     return parser
+
+
+def examine_recipe(arguments: argparse.Namespace) -> None:
+    """Leave with the code of bad input if there is a problem."""
+    from sail_rl.doctor import examine
+
+    if not examine(arguments.recipe, arguments.overrides):
+        sys.exit(EXIT_BAD_INPUT)
 
 
 def make_report(run: Path) -> None:

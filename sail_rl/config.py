@@ -39,6 +39,27 @@ class RolloutSection(Section):
     """Completions per prompt: the group, whose members are compared."""
     max_completion_length: Annotated[int, Field(ge=1)] = 256
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that together have this probability; 1 for all. Like `top_k` and `min_p` it cuts
+    tokens off, and the trainer cuts its own distribution likewise: the log-probabilities of engine and trainer, loss
+    and entropy are those of what is left, renormalised. The gradient is that of this cut policy: it moves probability
+    among the tokens that are left and does not touch a token that is cut off, which thus is neither learnt nor
+    unlearnt. A drawn token always counts as left, so that rounding cannot give it no probability. The KL term
+    compares with the starting model cut in the same way."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Draw from so many of the likeliest tokens; 0 for all. For the gradient see `top_p`."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Draw from tokens with at least this share of the likeliest token's probability. vLLM's order: `min_p`, `top_k`,
+    `top_p`. For the gradient see `top_p`."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1, tokens of the prompt and of the completion so far are less likely. The trainer computes the same
+    penalty: the gradient is that of the penalised policy, and a model that is used without the penalty later is
+    another policy than the one that was rewarded."""
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
+    """Texts that end a completion, beside the model's end tokens, in evaluations too. The token that completes one is
+    kept and trained, and the completion counts as ended. For single tokens, write their text."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Of the sampling; the recipe's `seed` when left out."""
     batch_size: Annotated[int, Field(ge=1)] = 256
     """Most completions that an engine writes at once."""
 

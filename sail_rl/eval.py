@@ -9,11 +9,12 @@ from typing import Any
 from rewards import accuracy_reward, format_reward
 from rewards.load import Reward
 from rewards.score import score
-from rollouts import RolloutEngine, Sampling
+from rollouts import RolloutEngine
 from sail_rl.data.stream import RowStream
 from sail_rl.launch import Run
 from sail_rl.questions import Question, reward_columns, save_pictures
 from sail_rl.run_folder import write_json_lines
+from sail_rl.sampling import greedy_sampling
 
 Prediction = dict[str, Any]
 KEPT_COLUMNS = ("family", "form", "difficulty", "needs_thinking", "novel", "answer_type", "kind")
@@ -24,7 +25,7 @@ def evaluate(run: Run, engine: RolloutEngine, stream: RowStream[Question]) -> li
     shard, count = stream.shard, len(stream.rows)
     stream.position = 0
     predictions: list[Prediction] = []
-    sampling = Sampling(completion_limit(run), temperature=0.0)
+    sampling = greedy_sampling(run.recipe)
     while stream.position < count:
         wanted = min(run.recipe.trainer.eval_batch_size, count - stream.position)
         questions = stream.next_items(wanted + -wanted % shard.world_size)
@@ -60,12 +61,6 @@ def judge(questions: list[Question], rollouts, thinking: str, run: Path) -> list
         }
         for i, (question, rollout) in enumerate(zip(questions, rollouts, strict=True))
     ]
-
-
-def completion_limit(run: Run) -> int:
-    """Most tokens of an answer: the rollouts' limit, or the longest target of an SFT run."""
-    recipe = run.recipe
-    return recipe.rollout.max_completion_length if hasattr(recipe, "rollout") else recipe.sft.max_completion_length
 
 
 def predictions_once(

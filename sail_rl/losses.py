@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from rollouts import Filters
+from rollouts.distribution import drawn_log_probs
+
 
 class PolicyTerms(NamedTuple):
     """How the current policy sees the sampled tokens; a tuple, since FSDP2 and ZeRO-3 find tensors in no dataclass."""
@@ -28,12 +31,11 @@ def token_log_probs(
     tokens_BT: torch.Tensor,
     temperature: float = 1.0,
     suppressed_token_ids: Sequence[int] = (),
+    filters: Filters | None = None,
+    seen_BTV: torch.Tensor | None = None,
 ) -> PolicyTerms:
     """Log-probability of each token and entropy of its distribution, in float32, as the sampler drew it."""
-    logits_BTV = logits_BTV.float()
-    if suppressed_token_ids:
-        logits_BTV = logits_BTV.index_fill(-1, torch.tensor(suppressed_token_ids, device=logits_BTV.device), -torch.inf)
-    all_log_probs_BTV = torch.log_softmax(logits_BTV / temperature, dim=-1)
+    all_log_probs_BTV = drawn_log_probs(logits_BTV, temperature, suppressed_token_ids, filters, seen_BTV, tokens_BT)
     log_probs_BT = all_log_probs_BTV.gather(-1, tokens_BT[..., None])[..., 0]
     with torch.no_grad():
         # 0 * log 0 is 0 here: suppressed tokens add nothing.

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from rollouts import Prompt, Rollout, RolloutEngine, Sampling
+from rollouts import Prompt, Rollout, RolloutEngine
 from sail_rl.batch import Group, TrainingBatch, make_batch
 from sail_rl.command_line import BadInput
 from sail_rl.data.stream import RowStream
 from sail_rl.launch import Run
 from sail_rl.policy import token_terms
 from sail_rl.questions import Question
+from sail_rl.sampling import filters_of, training_sampling
 from sail_rl.sharding import Whole, autocast
 
 PROMPTS, COMPLETIONS = 4, 2  # of the gate, per process
@@ -32,8 +33,7 @@ def check_parity(
     stream.position = position
     broken = [text for prompt in prompts for text in broken_inputs(engine, prompt)]
     rollout = run.recipe.rollout
-    sampling = Sampling(rollout.max_completion_length, rollout.temperature, run.recipe.seed)
-    rollouts = engine.generate(prompts, COMPLETIONS, sampling)
+    rollouts = engine.generate(prompts, COMPLETIONS, training_sampling(run.recipe))
     with whole.weights():
         gaps_N = differences(run, whole.model, prompts, rollouts, suppressed).abs()
     limit = rollout.parity_limit or LIMITS[str(engine.dtype).removeprefix("torch.")]  # type: ignore[attr-defined]
@@ -86,7 +86,8 @@ def differences(
         batch = make_batch([Group(prompt, [r.token_ids for r in group], log_probs=[r.log_probs for r in group])])
         batch = batch.to(run.accelerator.device)
         with autocast(run):
-            terms = token_terms(policy, batch, run.recipe.rollout.temperature, suppressed)
+            rollout = run.recipe.rollout
+            terms = token_terms(policy, batch, rollout.temperature, suppressed, filters=filters_of(rollout))
         found.append(trained_differences(terms.log_probs_BT, batch))
     policy.train(was_training)
     return torch.cat(found)

@@ -5,7 +5,7 @@ Suffixes: _R rows, _T tokens of a row, _B completions, _C tokens of a completion
 vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from rollouts import Filters
+from rollouts.distribution import first_places
 from rollouts.inputs import PICTURE_INPUTS, TOKEN_INPUTS, position_ids
 from sail_rl.batch import TrainingBatch
 from sail_rl.losses import PolicyTerms, token_log_probs
@@ -47,8 +49,9 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         suppressed: Sequence[int] = (),
         prompt: ReadPrompt | None = None,
+        filters: Filters | None = None,
     ) -> PolicyTerms:
-        return token_terms(self.model, batch, temperature, suppressed, prompt)
+        return token_terms(self.model, batch, temperature, suppressed, prompt, filters)
 
 
 def token_terms(
@@ -57,15 +60,24 @@ def token_terms(
     temperature: float = 1.0,
     suppressed: Sequence[int] = (),
     prompt: ReadPrompt | None = None,
+    filters: Filters | None = None,
 ) -> PolicyTerms:
     """[B, C] terms of the completions' tokens as the sampler saw them; 0 beyond their ends."""
     if batch.prompt is not None and prompt is None:
         prompt = compute_prompt(model, batch.prompt)
     hidden_ND = hidden_states(model, batch, prompt).flatten(0, 1)[batch.predictors_N]
-    tokens_N = batch.completion_ids_BC.flatten()[batch.places_N]
-    terms = terms_in_parts(model.get_output_embeddings(), hidden_ND, tokens_N, temperature, suppressed)
+    tokens_N, head = batch.completion_ids_BC.flatten()[batch.places_N], model.get_output_embeddings()
     zeros_BC = torch.zeros(batch.mask_BC.shape, device=hidden_ND.device)
     places = torch.unravel_index(batch.places_N, zeros_BC.shape)
+
+    def of_part(part_ND: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> PolicyTerms:
+        # Not `head(...)`: ZeRO-3 would gather it for each part, of which processes have different numbers.
+        logits_NV = linear(part_ND, head.weight, head.bias)
+        seen_NV = None if first_BV is None else first_BV[rows] < columns[:, None]
+        return token_log_probs(logits_NV, tokens, temperature, suppressed, filters, seen_NV)
+
+    first_BV = places_seen(batch, head.out_features, filters)
+    terms = in_parts(of_part, max(1, LOGITS_AT_ONCE // head.out_features), hidden_ND, tokens_N, *places)
     placed = (zeros_BC.index_put(places, values_N.float()) for values_N in terms)
     log_probs_BC, entropy_BC, likeliest_BC = placed
     return PolicyTerms(log_probs_BC, entropy_BC, likeliest_BC)
@@ -119,19 +131,17 @@ def row_positions(model, batch: TrainingBatch, layout: Layout) -> torch.Tensor:
     return row_AT if positions.ndim == 2 else row_AT[:, None]
 
 
-def terms_in_parts(
-    head: nn.Linear, hidden_ND: torch.Tensor, tokens_N: torch.Tensor, temperature: float, suppressed: Sequence[int]
-) -> list[torch.Tensor]:
-    """Log-probability and entropy of each token, and whether it is the likeliest."""
+def places_seen(batch: TrainingBatch, vocabulary: int, filters: Filters | None) -> torch.Tensor | None:
+    """[B, V] where a repetition penalty first finds each token; None without one."""
+    if filters is None or filters.repetition_penalty == 1:
+        return None
+    return first_places(batch.prompt_ids_BP, batch.completion_ids_BC, vocabulary)
 
-    def of_part(part_ND: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # Not `head(...)`: ZeRO-3 would gather it for each part, of which processes have different numbers.
-        terms = token_log_probs(linear(part_ND, head.weight, head.bias), tokens, temperature, suppressed)
-        return terms.log_probs_BT, terms.entropy_BT, terms.likeliest_BT
 
-    at_once = max(1, LOGITS_AT_ONCE // head.out_features)
-    if len(tokens_N) <= at_once:
-        return list(of_part(hidden_ND, tokens_N))
-    parts = zip(hidden_ND.split(at_once), tokens_N.split(at_once), strict=True)
+def in_parts(of_part: Callable[..., PolicyTerms], at_once: int, *values_N: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The terms of all tokens, so many at a time."""
+    if len(values_N[0]) <= at_once:
+        return of_part(*values_N)
+    parts = zip(*(values.split(at_once) for values in values_N), strict=True)
     found = [checkpoint(of_part, *part, use_reentrant=False) for part in parts]
     return [torch.cat(values) for values in zip(*found, strict=True)]

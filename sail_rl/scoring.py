@@ -9,7 +9,7 @@ import torch
 
 from rewards.load import Reward, RewardError, load_reward
 from rewards.score import MOST_FAILED, Scores, score, try_rewards
-from rollouts import Rollout, RolloutEngine, Sampling
+from rollouts import Rollout, RolloutEngine
 from sail_rl.advantage import Advantages
 from sail_rl.checkpoint import Progress
 from sail_rl.command_line import BadInput
@@ -18,6 +18,7 @@ from sail_rl.data.stream import RowStream, Shard
 from sail_rl.launch import Run
 from sail_rl.metrics import deviation, mean
 from sail_rl.questions import Question, reward_columns
+from sail_rl.sampling import training_sampling
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ def try_on_data(run: Run, rewards: Sequence[Reward], engine: RolloutEngine, stre
     position = stream.position
     questions = stream.next_items(run.shard.world_size)
     stream.position = position
-    sampling = Sampling(run.recipe.rollout.max_completion_length, seed=run.recipe.seed)
-    rollouts = engine.generate([question.prompt for question in questions], 2, sampling)
+    rollouts = engine.generate([question.prompt for question in questions], 2, training_sampling(run.recipe))
     try:
         try_rewards(rewards, all_columns(run, questions, rollouts, step=0))
     except RewardError as error:

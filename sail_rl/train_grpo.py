@@ -11,7 +11,6 @@ from sail_rl.launch import run_recipe
 def train(recipe: GrpoRecipe) -> None:
     """The whole algorithm, top to bottom."""
     # Imported here, so that mistakes in a recipe are answered before torch loads.
-    from rollouts import Sampling
     from sail_rl import checkpoint, scoring
     from sail_rl.advantage import group_advantages
     from sail_rl.balance import share_work
@@ -29,6 +28,7 @@ def train(recipe: GrpoRecipe) -> None:
     from sail_rl.policy import Policy
     from sail_rl.profiling import Profile, written_groups
     from sail_rl.questions import question_stream
+    from sail_rl.sampling import tell_filters, training_sampling
     from sail_rl.sharding import prepare
     from sail_rl.transcripts import save_transcript
     from sail_rl.update import make_groups, prompts_apart, update_policy
@@ -64,7 +64,8 @@ def train(recipe: GrpoRecipe) -> None:
     scoring.try_on_data(run, rewards, engine, stream)
     before = predictions_once(run, "before", engine, eval_stream)
 
-    sampling = Sampling(rollout.max_completion_length, rollout.temperature, seed=recipe.seed)
+    sampling = training_sampling(recipe)
+    tell_filters(run)
     watch, form = Stopwatch(), None
     try:
         with MetricsLog(run, ["reward", "rewards/accuracy/mean", "completion/length"], progress.step) as log:

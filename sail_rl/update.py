@@ -25,6 +25,7 @@ from sail_rl.model.router import experts_per_token, find_routers, recorded_route
 from sail_rl.parity import parity_figures
 from sail_rl.policy import compute_prompt
 from sail_rl.questions import Question
+from sail_rl.sampling import filters_of
 from sail_rl.sharding import autocast, clip_and_step, sharding_of, sync_gradients
 
 
@@ -64,7 +65,7 @@ def update_policy(
 ) -> dict[str, Any]:
     """`grpo.num_iterations` optimizer steps on one step's rollouts; figures for the log."""
     recipe = run.recipe
-    grpo, temperature = recipe.grpo, recipe.rollout.temperature
+    grpo, temperature, filters = recipe.grpo, recipe.rollout.temperature, filters_of(recipe.rollout)
     old_log_probs: dict[int, torch.Tensor] = {}
     sums = {"loss": 0.0, "tokens": 0.0, "entropy": 0.0, "clipped": 0.0, "kl": 0.0, "balance": 0.0, "largest_share": 0.0}
     grad_norm, read = 0.0, tokens_read(run, batches)
@@ -77,7 +78,7 @@ def update_policy(
         for number, (batch, prompt) in enumerate(after_their_prompts(run, model, batches)):
             with sync_gradients(run, model, last=number == len(batches) - 1):
                 with recorded_routers(model) as router_logits, features_kept(model, features[number]):
-                    terms = model(batch, temperature, suppressed, prompt)
+                    terms = model(batch, temperature, suppressed, prompt, filters)
                 # The first pass is on-policy: its own log-probabilities are the old ones, at no extra cost.
                 old_BC = old_log_probs.setdefault(number, terms.log_probs_BT.detach())
                 loss, batch_sums = policy_loss(
@@ -214,10 +215,11 @@ def reference_log_probs(
     if reference is None:
         return [None] * len(batches)
     found: list[torch.Tensor | None] = []
+    temperature, filters = run.recipe.rollout.temperature, filters_of(run.recipe.rollout)
     with adapters_off(reference), autocast(run):
         for number, (batch, prompt) in enumerate(after_their_prompts(run, reference, batches)):
             with features_kept(reference, features[number]):
-                terms = reference(batch, run.recipe.rollout.temperature, suppressed, prompt)
+                terms = reference(batch, temperature, suppressed, prompt, filters)
             found.append(terms.log_probs_BT)
     return found
 

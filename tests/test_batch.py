@@ -102,7 +102,7 @@ def test_every_row_has_its_own_pictures():
 def test_moving_a_batch_moves_every_tensor():
     moved = make_batch([group(model_inputs=picture())]).to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 8
+    assert len(tensors) == 9
     assert {t.device.type for t in [*tensors, *moved.model_inputs.values()]} == {"meta"}
 
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from families import make_world
 
 from sail_rl.batch import Group, make_batch
-from sail_rl.config import GrpoSection, OptimSection
+from sail_rl.config import GrpoSection, OptimSection, RolloutSection
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
 from sail_rl.model.frozen_tower import features_kept, has_frozen_tower, vision_tower
@@ -41,7 +41,7 @@ def updated(world, frozen):
         freeze(model, part)
     reference = Policy(copy.deepcopy(model).eval())
     grpo, optim = GrpoSection(beta=0.1, num_iterations=ITERATIONS), OptimSection(learning_rate=1e-2, warmup_steps=0)
-    recipe = SimpleNamespace(grpo=grpo, optim=optim, rollout=SimpleNamespace(temperature=1.0, engine="hf"))
+    recipe = SimpleNamespace(grpo=grpo, optim=optim, rollout=RolloutSection())
     for one in (model, reference):
         vision_tower(one).forward = counting(vision_tower(one).forward, passes)
     optimizer = make_optimizer(model, optim)

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, InternVLConfig, InternVLFo
 from sail_rl.batch import make_batch
 from sail_rl.checkpoint import full_parameters, save_model
 from sail_rl.command_line import BadInput, load_recipe
-from sail_rl.config import GrpoSection, OptimSection, SftRecipe
+from sail_rl.config import GrpoSection, OptimSection, RolloutSection, SftRecipe
 from sail_rl.config_data import LoraSection, ModelSection
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
@@ -211,7 +211,7 @@ def test_the_reference_is_the_starting_policy(base, batch):
 def test_a_step_trains_the_adapters_alone_and_the_kl_is_to_the_start(base, processor, checkpointing):
     """Two updates of train_grpo.py with a KL term, compared with a reference that is a model of its own."""
     grpo, optim = GrpoSection(beta=0.5), OptimSection(learning_rate=1e-2, lr_scheduler_type="constant")
-    recipe = SimpleNamespace(grpo=grpo, optim=optim, rollout=SimpleNamespace(temperature=1.0, engine="hf"))
+    recipe = SimpleNamespace(grpo=grpo, optim=optim, rollout=RolloutSection())
     run, batches, figures = Run(recipe, None, Accelerator(cpu=True), Shard()), [make_batch(groups(processor))], {}
     section = ModelSection(path=str(base / "dense"), lora=LoraSection(parts=["tower", "llm"]))
     for how in ("adapters off", "a model of its own"):

@@ -28,7 +28,7 @@ from PIL import Image
 from rollouts import Prompt, Rollout
 from sail_rl.advantage import group_advantages
 from sail_rl.batch import idle_group, make_batches
-from sail_rl.config import GrpoSection
+from sail_rl.config import GrpoSection, RolloutSection
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
 from sail_rl.losses import loss_normaliser
@@ -180,7 +180,7 @@ def our_side(
     """(loss, gradient of every parameter, log figures, rows of each micro-batch), by what `train_grpo.py` calls."""
     grpo = GrpoSection(**settings, num_iterations=2 if off_policy else 1)
     model = copy.deepcopy(world.policy).train()
-    recorder, rollout = Recorder(model), SimpleNamespace(temperature=temperature, engine="hf")
+    recorder, rollout = Recorder(model), RolloutSection(temperature=temperature)
     recipe = SimpleNamespace(grpo=grpo, rollout=rollout, optim=SimpleNamespace(max_grad_norm=math.inf))
     run = Run(recipe, None, recorder, Shard())
     advantages = group_advantages(REWARDS, GROUP, grpo.scale_rewards)

@@ -17,7 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from sail_rl.batch import idle_group, make_batch
 from sail_rl.checkpoint import save_model
 from sail_rl.command_line import BadInput
-from sail_rl.config import GrpoSection
+from sail_rl.config import GrpoSection, RolloutSection
 from sail_rl.config_data import ModelSection
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
@@ -147,7 +147,7 @@ def supervised_gradient(model, batches, coefficient):
 
 def policy_gradient(model, batches, coefficient):
     """(figures, gradients) of train_grpo.py's update."""
-    run = run_of(coefficient, grpo=GrpoSection(), rollout=SimpleNamespace(temperature=1.0, engine="hf"))
+    run = run_of(coefficient, grpo=GrpoSection(), rollout=RolloutSection())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     figures = update_policy(run, Policy(model), None, optimizer, batches, normaliser=9.0, suppressed=())
     return figures, gradients_of(model)

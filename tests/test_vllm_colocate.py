@@ -14,10 +14,10 @@ import torch
 from accelerate import Accelerator
 from conftest import SMALL_GRPO, command
 from PIL import Image
-from tiny_models import groups, mixture, processor_for_questions
+from tiny_models import FILTERS, groups, mixture, processor_for_questions
 
 import rollouts.vllm_colocate
-from rollouts import Sampling
+from rollouts import Filters, Sampling
 from rollouts.hf import HFEngine
 from sail_rl.batch import Group, make_batch
 from sail_rl.checkpoint import full_parameters
@@ -71,16 +71,16 @@ def model(world):
     return copy.deepcopy(world.model)
 
 
-def gap(world, model, temperature=1.0, prompts=None):
+def gap(world, model, temperature=1.0, prompts=None, filters=Filters(), trainer=None):  # noqa: B008
     """How far the engine's log-probabilities are from the model's, at most."""
     prompts = prompts or world.prompts
-    rollouts = world.engine.generate(prompts, GROUP, Sampling(LENGTH, temperature, seed=3))
+    rollouts = world.engine.generate(prompts, GROUP, Sampling(LENGTH, temperature, seed=3, filters=filters))
     worst = 0.0
     for number, prompt in enumerate(prompts):
         group = rollouts[number * GROUP : (number + 1) * GROUP]
         batch = make_batch([Group(prompt, [r.token_ids for r in group], log_probs=[r.log_probs for r in group])])
         with torch.no_grad():
-            terms = token_terms(model, batch, temperature or 1.0, world.suppressed)
+            terms = token_terms(model, batch, temperature or 1.0, world.suppressed, filters=trainer or filters)
         worst = max(worst, float(((terms.log_probs_BT - batch.engine_log_probs_BC) * batch.mask_BC).abs().max()))
     return worst
 
@@ -187,6 +187,42 @@ def test_a_completion_does_not_depend_on_its_batch(world, model):
     assert tokens(world.prompts, size=2) == [ids for i, ids in enumerate(together) if i % GROUP < 2]
     for others in (tokens(world.prompts, seed=2), tokens([replace(p, seed=p.seed + 9) for p in world.prompts])):
         assert all(one != other for one, other in zip(together, others, strict=True))
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters_are_the_trainers(world, model, name):
+    """vLLM cuts off what the trainer cuts off, and its penalty falls on the same tokens."""
+    for temperature in (1.0, 0.7):
+        assert gap(world, model, temperature, filters=FILTERS[name]) < CLOSE
+    assert gap(world, model, filters=FILTERS[name], trainer=Filters()) > FAR
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_stop_texts_end_a_completion(world, model, temperature):
+    """As in the reference engine, where the draws are the same: at temperature 0."""
+    sampling = Sampling(LENGTH, temperature, seed=1)
+    full = world.engine.generate(world.prompts, 1, sampling)
+    text = world.processor.tokenizer.decode(full[2].token_ids[2:4])[1:]
+    stopping = replace(sampling, stop=(text, "never written"))
+    stopped = world.engine.generate(world.prompts, 1, stopping)
+    heads = (full[2].token_ids[:n] for n in range(1, 5))
+    shortest = next(head for head in heads if text in world.processor.tokenizer.decode(head))
+    assert (stopped[2].finish_reason, stopped[2].token_ids) == ("stop", shortest)
+    reference = HFEngine(model, world.processor.tokenizer, world.suppressed)
+    reference.load_weights(iter(()), 0)
+    if temperature == 0:
+        expected = reference.generate(world.prompts, 1, stopping)
+        assert [replace(r, log_probs=[]) for r in stopped] == [replace(r, log_probs=[]) for r in expected]
+
+
+def test_a_penalty_changes_greedy_answers_alike(world, model):
+    sampling = Sampling(LENGTH, temperature=0, filters=FILTERS["repetition_penalty"])
+    reference = HFEngine(model, world.processor.tokenizer, world.suppressed)
+    written = [engine.generate(world.prompts, 1, sampling) for engine in (world.engine, reference)]
+    for ours, theirs in zip(*written, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        assert ours.log_probs == pytest.approx(theirs.log_probs, abs=CLOSE)
+    assert written[0] != world.engine.generate(world.prompts, 1, Sampling(LENGTH, temperature=0))
 
 
 def test_end_tokens_end_a_completion(world, model, monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rollouts import Prompt
+from rollouts import Filters, Prompt
 from sail_rl.batch import Group, TrainingBatch, make_batch
 from sail_rl.model import SailVL2Config, SailVL2ForConditionalGeneration
 from sail_rl.model.tiny import tiny_config, tiny_model, tiny_processor
@@ -21,6 +21,14 @@ MIXTURE = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "norm_topk_prob": True,
+}
+# Each of what changes the distribution, and all together.
+FILTERS = {
+    "top_p": Filters(top_p=0.7),
+    "top_k": Filters(top_k=4),
+    "min_p": Filters(min_p=0.1),
+    "repetition_penalty": Filters(repetition_penalty=1.7),
+    "all": Filters(repetition_penalty=0.8, min_p=0.05, top_k=6, top_p=0.8),
 }
 
 
