@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/mixed_reward.py [--seeds 0 1 2]   (about 6 minutes a seed on 2 quiet cores;
                                                                    finished runs are skipped, so it can be resumed)
 
-For every seed one SFT start that imitates four teachers (terse, wordy, careless: a wrong conclusion and yet the right
-answer, hasty: a guess), and from it GRPO with three rewards: accuracy and format; with the judge's thinking quality;
+For every seed one SFT start that imitates four teachers (terse; wordy; careless, who takes back what it found and yet
+answers with it; hasty, who guesses), and from it GRPO with three rewards: accuracy and format; with the judge's thinking quality;
 with conciseness as well. The judge is benchmarks/scene_judge.py, asked over HTTP.
 """
 
@@ -28,8 +28,8 @@ from sail_rl.data.pictures import question_row
 
 RUNS = Path("runs/mixed_reward")
 QUESTIONS = 1000
-SFT = ("data.reasoning={terse: 2, wordy: 3, careless: 3, hasty: 2}", "sft.max_completion_length=72")
-SFT_STEPS, STEPS, SHORT_STEPS = 500, 80, 2
+SFT = ("data.reasoning={terse: 1, wordy: 4, careless: 3, hasty: 2}", "sft.max_completion_length=72")
+SFT_STEPS, STEPS, SHORT_STEPS = 400, 80, 2
 REWARDS = {
     "accuracy, format": {"accuracy": 0.9, "format": 0.1},
     "with judge": {"accuracy": 0.7, "think_quality": 0.2, "format": 0.1},

@@ -39,8 +39,6 @@ class Judgement:
     """The reward; None where the judge failed."""
     checks: dict[str, list[float | None]] = field(default_factory=dict)
     """The single checks that it is made of, for the log."""
-    failures: list[str] = field(default_factory=list)
-    """What went wrong, in words."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,8 @@ class Judge:
         self.settings = settings
         self.cache = JudgeCache(settings.cache)
         self.failed_in_a_row = 0
+        self.problems: list[str] = []
+        """What went wrong since the list was last emptied, in words."""
 
     @property
     def down(self) -> bool:
@@ -87,7 +87,9 @@ class Judge:
         answers = self.ask_in_thread(missing) if missing else {}
         self.cache.write({key: verdict.value for key, verdict in answers.items() if verdict.value is not None})
         known |= answers
-        return [known[key] for key in keys]
+        verdicts = [known[key] for key in keys]
+        self.problems += failure_lines(verdicts)
+        return verdicts
 
     def ask_in_thread(self, questions: dict[str, JudgeQuestion]) -> dict[str, Verdict]:
         """Ask in a thread with an event loop of its own: the caller may have one, and must not wait for a stuck one."""

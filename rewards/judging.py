@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rewards.answers import completion_text, split_completion
-from rewards.judge import Judge, Judgement, failure_lines
+from rewards.judge import Judge, Judgement
 from rewards.judge_prompt import JudgeQuestion
 from rewards.think_quality import number
 
@@ -64,7 +64,7 @@ def judging_by_judge_reward(
         None if verdict.value is None else float(verdict.value == thought(completion))
         for completion, verdict in zip(completions, verdicts, strict=True)
     ]
-    return Judgement(values, {"requires_reasoning": [number(v.value) for v in verdicts]}, failure_lines(verdicts))
+    return Judgement(values, {"requires_reasoning": [number(verdict.value) for verdict in verdicts]})
 
 
 def thought(completion: str | list[dict[str, Any]]) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewards.judge import Judgement
+from rewards.judge import Judge, Judgement
 from rewards.load import Reward, RewardError, describe
 from rewards.mix import Mixing, matters, mix
 
@@ -76,20 +76,22 @@ def ask_judge(reward: Reward, columns: Mapping[str, Any], asked: Sequence[bool])
     It is called once: the judge tries again by itself. None where it was asked is a failure.
     """
     count, chosen = len(asked), [i for i, wanted in enumerate(asked) if wanted]
-    found, messages = Judgement([None] * len(chosen)), []
+    judge: Judge = reward.arguments["judge"]
+    judge.problems.clear()
+    found = Judgement([None] * len(chosen))
     if chosen:
         part = {key: pick(value, chosen, count) for key, value in columns.items()}
         try:
             returned = reward.function(**{**part, **reward.arguments})
-            found = returned if isinstance(returned, Judgement) else Judgement(returned)
-            check_values(found.values, len(chosen))
-            messages = found.failures
+            judgement = returned if isinstance(returned, Judgement) else Judgement(returned)
+            check_values(judgement.values, len(chosen))
+            found = judgement
         except Exception as error:  # whatever the user's code raises must not end the run
-            messages = [describe(error)]
+            judge.problems.append(describe(error))
     values = spread_out(found.values, chosen, count)
     failed = [wanted and value is None for wanted, value in zip(asked, values, strict=True)]
     checks = {f"{reward.name}/{name}": spread_out(column, chosen, count) for name, column in found.checks.items()}
-    return values, failed, [f"reward {reward.name!r}: {message}" for message in messages], checks
+    return values, failed, [f"reward {reward.name!r}: {problem}" for problem in judge.problems], checks
 
 
 def pick(value: Any, chosen: Sequence[int], count: int) -> Any:

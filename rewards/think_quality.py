@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rewards.answers import Completion, completion_text, split_completion
-from rewards.judge import Judge, Judgement, failure_lines
+from rewards.judge import Judge, Judgement
 from rewards.judge_prompt import JudgeQuestion
 
 LOGICAL = (
@@ -53,7 +53,7 @@ def think_quality_reward(
     checks = {
         name: [number(found[i][k]) if i in found else None for i in range(count)] for k, name in enumerate(CHECKS)
     }
-    return Judgement(values, checks, failure_lines(verdicts))
+    return Judgement(values, checks)
 
 
 def checks_of(part: Completion, question: str, images: tuple[str, ...]) -> list[JudgeQuestion]:

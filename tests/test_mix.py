@@ -4,13 +4,14 @@ import re
 
 import pytest
 
-from rewards.judge import Judgement
+from rewards.judge import Judge, Judgement, JudgeSettings
 from rewards.load import Reward, RewardError
 from rewards.mix import Mixing, check_mix
 from rewards.score import score
 from sail_rl.command_line import BadInput, load_recipe
 from sail_rl.config import GrpoRecipe
 
+NOWHERE = Judge(JudgeSettings("http://127.0.0.1:9/v1", "m"))
 PRODUCT = Mixing("product", 0.9, ("accuracy", "judging", "think_quality"))
 
 
@@ -24,9 +25,10 @@ def judged_reward(name, asked, weight=1.0):
 
     def reward(completions, judge, **columns):
         asked.extend(completions)
-        return Judgement(columns[name], {"first": columns[name]}, ["it hangs"] if None in columns[name] else [])
+        judge.problems += ["it hangs"] if None in columns[name] else []
+        return Judgement(columns[name], {"first": columns[name]})
 
-    return Reward(name, reward, weight, {"judge": object()})
+    return Reward(name, reward, weight, {"judge": NOWHERE})
 
 
 def mixed(mixing, group_size=2, weights=None, **columns):
@@ -96,7 +98,7 @@ def test_a_judge_that_raises_leaves_its_term_out():
     def broken(completions, judge, **columns):
         raise RuntimeError("no such picture")
 
-    rewards = [column_reward("accuracy"), Reward("broken", broken, 1.0, {"judge": None})]
+    rewards = [column_reward("accuracy"), Reward("broken", broken, 1.0, {"judge": NOWHERE})]
     scores = score(rewards, {"completions": ["a", "b"], "accuracy": [1, 0]}, 2)
     assert scores.totals == [1, 0]
     assert scores.failed["broken"] == [True, True]

@@ -27,12 +27,13 @@ def judged(script, completions, reward=think_quality_reward, **columns):
     with serve(script) as server:
         judge = Judge(JudgeSettings(server.url, "m", call_seconds=5, tries=1))
         columns = {"question": [f"What is A plus D, {n}?" for n in range(len(completions))]} | columns
-        return reward(completions=completions, judge=judge, **columns), server.requests
+        found = reward(completions=completions, judge=judge, **columns)
+        return found, server.requests, judge.problems
 
 
 @pytest.mark.parametrize(("passing", "value"), [((), 0), (CHECKS[:1], 1 / 3), (CHECKS[1:], 2 / 3), (CHECKS, 1)])
 def test_the_share_of_the_checks(passing, value):
-    found, requests = judged(lambda body, number: verdict(criterion_of(body) in passing), [THINK])
+    found, requests, _ = judged(lambda body, number: verdict(criterion_of(body) in passing), [THINK])
     assert found.values == [pytest.approx(value)]
     assert found.checks == {name: [float(name in passing)] for name in CHECKS}
     assert sorted(map(criterion_of, requests)) == sorted(CHECKS)
@@ -63,18 +64,18 @@ def test_the_share_of_the_checks(passing, value):
     ],
 )
 def test_what_the_judge_is_not_asked_about(completion, columns, value):
-    found, requests = judged(lambda body, number: verdict(True), [completion], **columns)
+    found, requests, _ = judged(lambda body, number: verdict(True), [completion], **columns)
     assert (found.values, requests) == ([value], [])
     assert found.checks == {name: [None] for name in CHECKS}
 
 
 def test_one_failed_check_is_no_verdict():
     fails = lambda body, number: (500, "") if criterion_of(body) == CHECKS[1] and ", 1?" in text_of(body) else verdict()  # noqa: E731
-    found, _ = judged(fails, [THINK, THINK.replace("8", "9"), "\\boxed{8}"])
+    found, _, problems = judged(fails, [THINK, THINK.replace("8", "9"), "\\boxed{8}"])
     assert found.values == [1.0, None, 0.0]
     assert found.checks["is_grounded"] == [1.0, None, None]
     assert found.checks["is_consistent"] == [1.0, 1.0, None]
-    assert found.failures == ["1 of 6 questions have no verdict: status: 500: Error code: 500"]
+    assert problems == ["1 of 6 questions have no verdict: status: 500: Error code: 500"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_judging_without_a_source(columns, expected):
 
 def test_judging_by_the_judge():
     script = lambda body, number: (503, "") if ", 2?" in text_of(body) else verdict(", 0?" in text_of(body))  # noqa: E731
-    found, requests = judged(script, [THINK, DIRECT, DIRECT], reward=judging_by_judge_reward)
+    found, requests, _ = judged(script, [THINK, DIRECT, DIRECT], reward=judging_by_judge_reward)
     assert found.values == [1.0, 1.0, None]
     assert found.checks == {"requires_reasoning": [1.0, 0.0, None]}
     assert not any("3 + 5" in str(body) or "One look tells" in str(body) for body in requests)

@@ -2,9 +2,9 @@
 
 `picture_row(split, index)` is a pure function of its arguments: question, picture, answer, the scene drawn, a judgement
 whether it needs reasoning, and four traces: terse, wordy, that of a hasty teacher who answers without a look, and that
-of a careless one, who reads the picture and concludes wrongly, and yet gives the right answer. No scene is in both
-splits, whatever the seeds, and some combinations of asked values are in validation alone (`novel` rows). Each family
-module holds pure functions: sample a scene, ask about it, draw it.
+of a careless one, who takes back what it rightly found and yet gives the right answer. No scene is in both splits,
+whatever the seeds, and some combinations of asked values are in validation alone (`novel` rows). Each family module
+holds pure functions: sample a scene, ask about it, draw it.
 """
 
 import random
@@ -79,7 +79,6 @@ def question_row(
     novel = split == "validation" and step == "two_step" and index % NOVEL_EVERY == NOVEL_EVERY - 1
     form, scene, question = pose(split, index, seed, family, level, asked, novel)
     guess = guessed_answer(rng_for("guess", seed, split, index), family, level, form)
-    readings = ", ".join(f"{name} {value}" for name, value in question.facts.items())
     slip = wrong_answer(rng_for("slip", seed, split, index), family, level, form, question.answer)
     return {
         "id": f"{family}-{split}-{seed}-{index}",
@@ -94,7 +93,7 @@ def question_row(
         "reasoning_wordy": question.wordy,
         "reasoning_hasty": f"I need no closer look: it is {guess}.",
         "answer_hasty": guess,
-        "reasoning_careless": f"{readings}: it is {slip}.",
+        "reasoning_careless": f"{question.reasoning} No, it is {slip}.",
         "family": family,
         "form": form,
         "facts": dict(question.facts),
