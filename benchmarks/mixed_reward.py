@@ -4,7 +4,7 @@
                                                                    finished runs are skipped, so it can be resumed)
 
 For every seed one SFT start that imitates four teachers (terse; wordy; careless, who takes back what it found and yet
-answers with it; hasty, who guesses), and from it GRPO with three rewards: accuracy and format; with the judge's thinking quality;
+answers with it; hasty, who guesses), and from it GRPO with three rewards: accuracy and format; with thinking quality;
 with conciseness as well. The judge is benchmarks/scene_judge.py, asked over HTTP.
 """
 
