@@ -49,7 +49,7 @@ def our_side(task: Task) -> Callable[[], Phases]:
     recipe = task.recipe
     rollout, grpo = recipe.rollout, recipe.grpo
     run, policy = new_run(recipe), copy.deepcopy(task.model)
-    rewards = scoring.load_rewards(recipe.rewards, recipe.data.thinking)
+    rewards = scoring.load_rewards(recipe)
     stream = question_stream(run, "train", task.processor)
     suppressed = image_token_ids(policy, task.processor)
     idle = idle_group(task.processor, with_picture=False)
@@ -151,7 +151,7 @@ def trl_trainer(task: Task, model, rows: list[dict[str, Any]]):
 
 def reward_functions(recipe: GrpoRecipe) -> list[Callable]:
     """The recipe's own, which take TRL's arguments."""
-    return [named(reward) for reward in scoring.load_rewards(recipe.rewards, recipe.data.thinking)]
+    return [named(reward) for reward in scoring.load_rewards(recipe)]
 
 
 def named(reward) -> Callable[..., Any]:

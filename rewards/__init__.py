@@ -11,8 +11,26 @@ from collections.abc import Callable
 from typing import Any
 
 from rewards.accuracy import accuracy_reward
+from rewards.conciseness import conciseness_reward
 from rewards.format import format_reward
+from rewards.judging import judging_by_judge_reward, judging_reward
+from rewards.think_quality import think_quality_reward
 
-BUILT_IN: dict[str, Callable[..., Any]] = {"accuracy": accuracy_reward, "format": format_reward}
+BUILT_IN: dict[str, Callable[..., Any]] = {
+    "accuracy": accuracy_reward,
+    "format": format_reward,
+    "conciseness": conciseness_reward,
+    "think_quality": think_quality_reward,
+    "judging": judging_reward,
+    "judging_by_judge": judging_by_judge_reward,
+}
 
-__all__ = ["BUILT_IN", "accuracy_reward", "format_reward"]
+__all__ = [
+    "BUILT_IN",
+    "accuracy_reward",
+    "conciseness_reward",
+    "format_reward",
+    "judging_by_judge_reward",
+    "judging_reward",
+    "think_quality_reward",
+]

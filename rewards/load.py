@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rewards import BUILT_IN
+from rewards.judge import Judge
 
 
 class RewardError(Exception):
     """A reward that cannot be used; the text names it and says what to change."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reward:
     """A reward function with its place in the mix."""
 
@@ -26,12 +27,25 @@ class Reward:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """The recipe entry's own keys, passed on at every call."""
 
+    @property
+    def asks_judge(self) -> bool:
+        """Whether the function was given the recipe's judge."""
+        return "judge" in self.arguments
 
-def load_reward(function: str, name: str, weight: float, arguments: Mapping[str, Any]) -> Reward:
-    """Find the function and check that it takes the entry's keys; raises RewardError."""
+
+def load_reward(
+    function: str, name: str, weight: float, arguments: Mapping[str, Any], judge: Judge | None = None
+) -> Reward:
+    """Find the function and check that it takes the entry's keys; raises RewardError.
+
+    A function with an argument `judge` is given the recipe's judge.
+    """
     found = load_from_file(function) if ":" in function else load_built_in(function)
     check_arguments(function, found, arguments)
-    return Reward(name, found, weight, arguments)
+    asks = inspect.signature(found).parameters.get("judge")
+    if asks and judge is None and asks.default is asks.empty:
+        raise RewardError(f"reward {function!r} asks a judge: name one in the section judge (base_url and model)")
+    return Reward(name, found, weight, {**arguments, "judge": judge} if asks and judge else arguments)
 
 
 def find_reward(function: str) -> None:

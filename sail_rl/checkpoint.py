@@ -32,6 +32,8 @@ class Progress:
     completions_scored: int = 0
     reward_failures: dict[str, int] = field(default_factory=dict)
     """Completions that each reward failed on."""
+    judge_failing: int = 0
+    """Steps in a row in which too many of the judge's verdicts were missing."""
 
     def after(self, **changes) -> "Progress":
         """The same with some numbers changed."""

@@ -7,7 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from rewards.load import RewardError
+from rewards.mix import Mixing, check_mix
 from sail_rl.config_data import DataSection, ModelSection, Section
+from sail_rl.config_rewards import JudgeSection, RewardMixSection
 
 
 class VLLMSection(Section):
@@ -189,6 +192,8 @@ class GrpoRecipe(CommonRecipe):
 
     rollout: RolloutSection = RolloutSection()
     rewards: Annotated[list[RewardEntry], Field(min_length=1)]
+    reward_mix: RewardMixSection = RewardMixSection()
+    judge: JudgeSection | None = None
     grpo: GrpoSection = GrpoSection()
 
     @model_validator(mode="after")
@@ -197,6 +202,20 @@ class GrpoRecipe(CommonRecipe):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"rewards: two entries are both logged as {twice[0]!r}; rename one of the functions")
+        return self
+
+    @property
+    def mixing(self) -> Mixing:
+        """How the rewards are put together."""
+        section = self.reward_mix
+        return Mixing(section.mode, section.alpha, tuple(section.factors))
+
+    @model_validator(mode="after")
+    def rewards_can_be_mixed(self):
+        try:
+            check_mix([(entry.name, entry.weight, entry.arguments) for entry in self.rewards], self.mixing)
+        except RewardError as error:
+            raise ValueError(str(error)) from None
         return self
 
 

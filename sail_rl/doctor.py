@@ -190,7 +190,7 @@ def check_rewards(patient: Patient) -> str:
     from sail_rl.scoring import load_rewards, score_rollouts, try_on_data
 
     run, recipe = patient.run, patient.recipe
-    rewards = load_rewards(recipe.rewards, recipe.data.thinking)
+    rewards = load_rewards(recipe)
     try_on_data(run, rewards, patient.engine, patient.stream)
     questions = take(patient.stream)
     written = patient.engine.generate([q.prompt for q in questions], 1, training_sampling(recipe))

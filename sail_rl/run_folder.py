@@ -28,6 +28,9 @@ FREE_KEYS = (
     "trainer.profile",
     "data.max_bad_rows",
     "data.workers",
+    # Where and how patiently the judge is asked; the judge itself stays.
+    *(f"judge.{key}" for key in ("base_url", "api_key_env", "concurrency", "call_seconds", "batch_seconds")),
+    *(f"judge.{key}" for key in ("tries", "breaker", "cache", "when_failing")),
 )
 
 

@@ -1,24 +1,31 @@
 """Rewards in the loop: built from the recipe, tried on the data, called each step, their failures counted."""
 
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from rewards.canaries import check_judge
+from rewards.judge import Judge, JudgeSettings
 from rewards.load import Reward, RewardError, load_reward
 from rewards.score import MOST_FAILED, Scores, score, try_rewards
 from rollouts import Rollout, RolloutEngine
 from sail_rl.advantage import Advantages
 from sail_rl.checkpoint import Progress
 from sail_rl.command_line import BadInput
-from sail_rl.config import RewardEntry
+from sail_rl.config import GrpoRecipe, RewardEntry
 from sail_rl.data.stream import RowStream, Shard
 from sail_rl.launch import Run
 from sail_rl.metrics import deviation, mean
 from sail_rl.questions import Question, reward_columns
 from sail_rl.sampling import training_sampling
+
+MOST_MISSING = 0.2  # share of a step's verdicts that a judge may fail to give
+STEPS_OF_PATIENCE = 3  # with more missing, until the run stops: an endpoint may restart
 
 
 @dataclass(frozen=True)
@@ -38,19 +45,38 @@ class Outcome:
     reward: float | None
     parts: dict[str, float | None]
     failed: dict[str, bool]
+    checks: dict[str, float | None] = field(default_factory=dict)
 
 
-def load_rewards(entries: Sequence[RewardEntry], thinking: str) -> list[Reward]:
+def load_rewards(recipe: GrpoRecipe) -> list[Reward]:
     """The recipe's reward functions; one that cannot be found is the user's mistake."""
+    judge = make_judge(recipe)
     try:
-        return [load_reward(e.function, e.name, e.weight, arguments_of(e, thinking)) for e in entries]
+        return [load_reward(e.function, e.name, e.weight, arguments_of(e, recipe), judge) for e in recipe.rewards]
     except RewardError as error:
         raise BadInput(str(error)) from error
 
 
-def arguments_of(entry: RewardEntry, thinking: str) -> dict[str, Any]:
-    """The entry's own keys; the format reward checks the form that data.thinking asks for unless it names another."""
-    return ({"contract": thinking} if entry.function == "format" else {}) | entry.arguments
+def arguments_of(entry: RewardEntry, recipe: GrpoRecipe) -> dict[str, Any]:
+    """The entry's own keys, and what a built-in takes from the rest of the recipe where its entry does not say."""
+    given: dict[str, dict[str, Any]] = {
+        "format": {"contract": recipe.data.thinking},
+        "conciseness": {"max_length": recipe.rollout.max_completion_length},
+    }
+    return given.get(entry.function, {}) | entry.arguments
+
+
+def make_judge(recipe: GrpoRecipe) -> Judge | None:
+    """The recipe's judge, with its verdicts so far."""
+    section = recipe.judge
+    if section is None:
+        return None
+    key = os.environ.get(section.api_key_env) if section.api_key_env else "none"
+    if key is None:
+        raise BadInput(f"judge.api_key_env = {section.api_key_env!r}: there is no such environment variable")
+    chosen = section.model_dump(exclude={"api_key_env", "cache", "when_failing"})
+    cache = Path(section.cache or f"{recipe.output_dir}/judge_cache.sqlite")
+    return Judge(JudgeSettings(**chosen, api_key=key, cache=cache))
 
 
 def try_on_data(run: Run, rewards: Sequence[Reward], engine: RolloutEngine, stream: RowStream[Question]) -> None:
@@ -59,17 +85,27 @@ def try_on_data(run: Run, rewards: Sequence[Reward], engine: RolloutEngine, stre
     questions = stream.next_items(run.shard.world_size)
     stream.position = position
     rollouts = engine.generate([question.prompt for question in questions], 2, training_sampling(run.recipe))
+    columns = all_columns(run, questions, rollouts, step=0)
     try:
-        try_rewards(rewards, all_columns(run, questions, rollouts, step=0))
+        for judge in {id(judge): judge for judge in map(judge_of, rewards) if judge}.values():
+            print(f"asking the judge {judge.settings.model} about texts that must fail", flush=True)
+            check_judge(judge, columns["question"][0], str(columns["answer"][0]), columns["images"][0])
+        try_rewards(rewards, columns, group_size=2)
     except RewardError as error:
         raise BadInput(str(error)) from error
+
+
+def judge_of(reward: Reward) -> Judge | None:
+    """Whom a reward asks."""
+    return reward.arguments.get("judge")
 
 
 def score_rollouts(
     run: Run, rewards: Sequence[Reward], questions: Sequence[Question], rollouts: Sequence[Rollout], step: int
 ) -> Scores:
     """Score this process's completions."""
-    return score(rewards, all_columns(run, questions, rollouts, step), len(rollouts) // len(questions))
+    columns = all_columns(run, questions, rollouts, step)
+    return score(rewards, columns, len(rollouts) // len(questions), run.recipe.mixing)
 
 
 def all_columns(run: Run, questions: Sequence[Question], rollouts: Sequence[Rollout], step: int) -> dict[str, Any]:
@@ -87,6 +123,7 @@ def gather_outcomes(shard: Shard, rollouts: Sequence[Rollout], scores: Scores) -
             reward=scores.totals[i],
             parts={name: values[i] for name, values in scores.parts.items()},
             failed={name: flags[i] for name, flags in scores.failed.items()},
+            checks={name: values[i] for name, values in scores.checks.items()},
         )
         for i, rollout in enumerate(rollouts)
     ]
@@ -98,22 +135,40 @@ def reward_tensor(outcomes: Sequence[Outcome]) -> torch.Tensor:
     return torch.tensor([torch.nan if o.reward is None else o.reward for o in outcomes], dtype=torch.float32)
 
 
-def count_failures(progress: Progress, outcomes: Sequence[Outcome], errors: Sequence[str]) -> dict[str, int]:
-    """Failures of each reward since the run began; stops when one has failed more often than it may."""
+def count_failures(
+    run: Run, rewards: Sequence[Reward], progress: Progress, outcomes: Sequence[Outcome], errors: Sequence[str]
+) -> dict[str, Any]:
+    """What `progress` keeps of failures; stops when a rule or the judge has failed more often than it may."""
+    judged = tuple(f"reward {reward.name!r}" for reward in rewards if reward.asks_judge)
+    for error in errors:
+        what = "its term is left out of these groups" if error.startswith(judged) else "its completions are masked"
+        print(f"warning: {error}; {what}", file=sys.stderr, flush=True)
+    last = f"; the last error: {errors[-1]}" if errors else ""
     scored = progress.completions_scored + len(outcomes)
     counts = {
-        name: progress.reward_failures.get(name, 0) + sum(outcome.failed[name] for outcome in outcomes)
-        for name in outcomes[0].failed
+        reward.name: progress.reward_failures.get(reward.name, 0) + sum(o.failed[reward.name] for o in outcomes)
+        for reward in rewards
     }
-    for error in errors:
-        print(f"warning: {error}; its completions are masked", file=sys.stderr, flush=True)
-    for name, failed in counts.items():
-        if failed > MOST_FAILED * scored:
+    for reward in rewards:
+        failed = counts[reward.name]
+        if failed > MOST_FAILED * scored and not reward.asks_judge:
             raise BadInput(
-                f"reward {name!r} failed on {failed} of {scored} completions, more than {MOST_FAILED:.0%}"
-                + (f"; the last error: {errors[-1]}" if errors else "")
+                f"reward {reward.name!r} failed on {failed} of {scored} completions, more than {MOST_FAILED:.0%}{last}"
             )
-    return counts
+    missing = max((missing_share(reward.name, outcomes) for reward in rewards if reward.asks_judge), default=0.0)
+    failing = progress.judge_failing + 1 if missing > MOST_MISSING else 0
+    if failing >= STEPS_OF_PATIENCE and run.recipe.judge.when_failing == "stop":
+        raise BadInput(
+            f"the judge gave no verdict on {missing:.0%} of what it was asked, and on more than {MOST_MISSING:.0%} for "
+            f"{failing} steps in a row{last}"
+        )
+    return {"completions_scored": scored, "reward_failures": counts, "judge_failing": failing}
+
+
+def missing_share(name: str, outcomes: Sequence[Outcome]) -> float:
+    """Of the completions that a judge was asked about, the share without a verdict."""
+    failed = sum(outcome.failed[name] for outcome in outcomes)
+    return failed / max(1, failed + sum(outcome.parts[name] is not None for outcome in outcomes))
 
 
 def reward_figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -126,6 +181,8 @@ def reward_figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         figures[f"rewards/{name}/mean"] = mean(values)
         figures[f"rewards/{name}/std"] = deviation(values)
         figures[f"rewards/{name}/failed"] = sum(outcome.failed[name] for outcome in outcomes)
+    for name in sorted({name for outcome in outcomes for name in outcome.checks}):
+        figures[f"rewards/{name}/mean"] = mean([outcome.checks.get(name) for outcome in outcomes])
     return figures | {
         "completion/length": mean(lengths),
         "completion/longest": max(lengths),

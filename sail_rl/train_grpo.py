@@ -38,7 +38,7 @@ def train(recipe: GrpoRecipe) -> None:
     keep_all = grpo.beta > 0  # a KL term gives every group a gradient
 
     # The run, its rewards, model and data.
-    rewards = scoring.load_rewards(recipe.rewards, recipe.data.thinking)
+    rewards = scoring.load_rewards(recipe)
     run = start_run(recipe)
     check_divisible(run, "rollout.prompts_per_step", rollout.prompts_per_step)
     resumed = checkpoint.latest_checkpoint(run.folder)
@@ -82,7 +82,7 @@ def train(recipe: GrpoRecipe) -> None:
                 with watch.phase("reward"):
                     scores = scoring.score_rollouts(run, rewards, questions, rollouts, step)
                     outcomes = scoring.gather_outcomes(run.shard, rollouts, scores)
-                    failures = scoring.count_failures(progress, outcomes, scores.errors)
+                    failures = scoring.count_failures(run, rewards, progress, outcomes, scores.errors)
 
                 with watch.phase("update"):
                     rewards_N = scoring.reward_tensor(outcomes)
@@ -106,8 +106,7 @@ def train(recipe: GrpoRecipe) -> None:
                     step=step,
                     data_position=stream.position,
                     seconds=progress.seconds + sum(seconds.values()),
-                    completions_scored=progress.completions_scored + len(outcomes),
-                    reward_failures=failures,
+                    **failures,
                 )
                 figures |= scoring.reward_figures(outcomes)
                 figures |= scoring.group_figures(advantages, outcomes, seconds, keep_all)

@@ -37,7 +37,7 @@ def save_transcript(
                 "completion": rollout.text,
                 "finish_reason": rollout.finish_reason,
                 "reward": scores.totals[i],
-                "rewards": {name: values[i] for name, values in scores.parts.items()},
+                "rewards": {name: values[i] for name, values in (scores.parts | scores.checks).items()},
                 "advantage": values[i],
                 "family": question.example.columns.get("family"),
                 "images": save_pictures(run.folder, question.example),

@@ -236,6 +236,15 @@ def test_hasty_traces_state_a_plausible_answer_that_is_mostly_wrong(rows: dict) 
     assert right[True] / right.total() < 0.4
 
 
+def test_careless_traces_find_the_answer_and_take_it_back(rows: dict) -> None:
+    for row in flat(rows):
+        found, conclusion = row["reasoning_careless"].removesuffix(".").split(" No, it is ")
+        assert found == row["reasoning"]
+        assert conclusion != row["answer"]
+        assert row["answer_type"] == "fraction" or conclusion.isdigit() == row["answer"].isdigit()
+        assert "answer_careless" not in row  # it is the right one
+
+
 def test_no_answer_can_be_guessed(rows: dict) -> None:
     answers: dict[tuple[str, str], Counter] = defaultdict(Counter)
     for row in flat(rows):

@@ -3,7 +3,7 @@
 import pytest
 
 from rewards import format_reward
-from sail_rl.config import RewardEntry
+from sail_rl.config import GrpoRecipe
 from sail_rl.data.example import BadRow, make_example
 from sail_rl.data.pictures import picture_row
 from sail_rl.data.prompting import make_prompt, target_text
@@ -81,8 +81,12 @@ def test_a_template_that_does_not_know_the_answer_forms_is_asked_in_the_same_wor
 
 
 def test_the_format_reward_checks_the_form_that_is_asked_for():
-    entries = [RewardEntry(function="format"), RewardEntry(function="accuracy")]
+    def rewards_of(form, *entries):
+        recipe = {"output_dir": "runs/x", "model": "runs/y", "data": {"train": "pictures", "thinking": form}}
+        recipe |= {"rewards": list(entries), "trainer": {"max_steps": 1}}
+        return load_rewards(GrpoRecipe.model_validate(recipe))
+
     for form in FORMS:
-        assert [dict(reward.arguments) for reward in load_rewards(entries, form)] == [{"contract": form}, {}]
-    named = [RewardEntry.model_validate({"function": "format", "contract": "direct"})]
-    assert load_rewards(named, "judge")[0].arguments == {"contract": "direct"}
+        rewards = rewards_of(form, {"function": "format"}, {"function": "accuracy"})
+        assert [dict(reward.arguments) for reward in rewards] == [{"contract": form}, {}]
+    assert rewards_of("judge", {"function": "format", "contract": "direct"})[0].arguments == {"contract": "direct"}

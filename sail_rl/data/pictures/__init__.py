@@ -1,9 +1,10 @@
 """The built-in picture task: drawn on the fly, seeded, no download.
 
 `picture_row(split, index)` is a pure function of its arguments: question, picture, answer, the scene drawn, a judgement
-whether it needs reasoning, and three traces: terse, wordy, and that of a hasty teacher who answers without a look. No
-scene is in both splits, whatever the seeds, and some combinations of asked values are in validation alone (`novel`
-rows). Each family module holds pure functions: sample a scene, ask about it, draw it.
+whether it needs reasoning, and four traces: terse, wordy, that of a hasty teacher who answers without a look, and that
+of a careless one, who takes back what it rightly found and yet gives the right answer. No scene is in both splits,
+whatever the seeds, and some combinations of asked values are in validation alone (`novel` rows). Each family module
+holds pure functions: sample a scene, ask about it, draw it.
 """
 
 import random
@@ -78,6 +79,7 @@ def question_row(
     novel = split == "validation" and step == "two_step" and index % NOVEL_EVERY == NOVEL_EVERY - 1
     form, scene, question = pose(split, index, seed, family, level, asked, novel)
     guess = guessed_answer(rng_for("guess", seed, split, index), family, level, form)
+    slip = wrong_answer(rng_for("slip", seed, split, index), family, level, form, question.answer)
     return {
         "id": f"{family}-{split}-{seed}-{index}",
         "question": question.text,
@@ -91,6 +93,7 @@ def question_row(
         "reasoning_wordy": question.wordy,
         "reasoning_hasty": f"I need no closer look: it is {guess}.",
         "answer_hasty": guess,
+        "reasoning_careless": f"{question.reasoning} No, it is {slip}.",
         "family": family,
         "form": form,
         "facts": dict(question.facts),
@@ -143,6 +146,15 @@ def guessed_answer(rng: random.Random, family: str, level: int, form: str) -> st
     """An answer as good as any without a look at the picture: that of another scene."""
     scene, targets = FAMILIES[family].sample(rng, level, form, False)
     return FAMILIES[family].ask(scene, form, targets).answer
+
+
+def wrong_answer(rng: random.Random, family: str, level: int, form: str, answer: str) -> str:
+    """A plausible answer that is not the right one."""
+    for _ in range(TRIES):
+        guess = guessed_answer(rng, family, level, form)
+        if guess != answer:
+            return guess
+    raise RuntimeError(f"no {family} answer for form {form}, level {level}, but {answer} in {TRIES} draws")
 
 
 def draw_scene(scene: Scene, size: int = 112) -> Image.Image:

@@ -1,0 +1,42 @@
+"""The judge's reply, read strictly: one JSON object with a reason and the named verdict, or it is no verdict."""
+
+import json
+from typing import Any
+
+
+class NoVerdict(Exception):
+    """The endpoint answered, but gave no verdict; the text says what came instead."""
+
+
+def read_verdict(reply: Any, criterion: str) -> bool:
+    """The verdict of a chat completion; raises NoVerdict."""
+    choices = getattr(reply, "choices", None)
+    if not choices or choices[0].message is None:
+        raise NoVerdict("reply: it holds no message")
+    choice = choices[0]
+    if choice.finish_reason == "content_filter" or getattr(choice.message, "refusal", None):
+        raise NoVerdict("refusal: the judge declined")
+    if choice.finish_reason == "length":
+        raise NoVerdict("reply: cut off by judge.max_tokens")
+    return parse_verdict(choice.message.content or "", criterion)
+
+
+def parse_verdict(text: str, criterion: str) -> bool:
+    """The verdict of a reply's text; raises NoVerdict."""
+    try:
+        pairs = json.loads(text, object_pairs_hook=list)
+    except (ValueError, RecursionError):
+        raise NoVerdict(f"reply: not JSON: {quoted(text)}") from None
+    is_object = isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)
+    names = sorted(name for name, _ in pairs) if is_object else []
+    if names != sorted(["reason", criterion]):
+        raise NoVerdict(f"reply: not an object with `reason` and `{criterion}`, once each: {quoted(text)}")
+    value = dict(pairs)[criterion]
+    if not isinstance(value, bool):
+        raise NoVerdict(f"reply: `{criterion}` is {quoted(json.dumps(value))}, not true or false")
+    return value
+
+
+def quoted(text: str) -> str:
+    """The start of a reply."""
+    return repr(text if len(text) <= 80 else text[:77] + "...")

@@ -1,0 +1,50 @@
+"""The recipe's sections `reward_mix` and `judge`: how rewards become one number, and whom some of them ask.
+
+Nothing here imports torch, as in config.py.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sail_rl.config_data import Section
+
+
+class RewardMixSection(Section):
+    """From a completion's rewards to one number."""
+
+    mode: Literal["sum", "product"] = "sum"
+    """`sum`: weight * reward, added up (SAIL-VL2). `product`: alpha * (product of the factors) + (1 - alpha) * (the
+    weighted sum of the other rewards) (SAIL-RL)."""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Of `product`: its share of the reward."""
+    factors: Annotated[list[str], Field(min_length=1)] = Field(default=["accuracy", "judging", "think_quality"])
+    """Of `product`: the rewards that are multiplied, by name; they have no weight."""
+
+
+class JudgeSection(Section):
+    """The model behind an OpenAI-compatible endpoint that `think_quality`, `judging_by_judge` and functions of yours
+    with an argument `judge` ask."""
+
+    base_url: Annotated[str, Field(pattern="^https?://")]
+    """Such as `http://localhost:8000/v1` of a `vllm serve`."""
+    model: Annotated[str, Field(min_length=1)]
+    """Under which name the endpoint serves it."""
+    api_key_env: Annotated[str, Field(min_length=1)] | None = None
+    """The environment variable that holds the key; none is sent when left out."""
+    concurrency: Annotated[int, Field(ge=1)] = 32
+    """Most questions on their way at once, for each process."""
+    call_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """For one try of one question."""
+    batch_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """For all questions of a step; what is not answered by then has failed."""
+    tries: Annotated[int, Field(ge=1)] = 3
+    """Of a question where the connection, the endpoint (5xx) or its limits (429) fail; other faults are final."""
+    breaker: Annotated[int, Field(ge=1)] = 20
+    """After so many failed questions in a row the rest of the step is not asked, and the next begins with one alone."""
+    max_tokens: Annotated[int, Field(ge=1)] = 512
+    """Of a reply."""
+    cache: str | None = None
+    """A sqlite file with the verdicts given, which runs may share; `judge_cache.sqlite` in output_dir when left out."""
+    when_failing: Literal["stop", "continue"] = "stop"
+    """After three steps in a row with more than 20 % of the verdicts missing: end the run, or go on without them."""
