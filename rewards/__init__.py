@@ -10,9 +10,9 @@ This package imports nothing of `sail_rl`.
 from collections.abc import Callable
 from typing import Any
 
-from rewards.accuracy import accuracy_reward
-from rewards.format import format_reward
+from rewards.accuracy import accuracy_reward, accuracy_verdicts
+from rewards.format import format_reward, format_verdicts
 
-BUILT_IN: dict[str, Callable[..., Any]] = {"accuracy": accuracy_reward, "format": format_reward}
+BUILT_IN: dict[str, Callable[..., Any]] = {"accuracy": accuracy_verdicts, "format": format_verdicts}
 
 __all__ = ["BUILT_IN", "accuracy_reward", "format_reward"]

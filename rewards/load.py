@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rewards import BUILT_IN
-
-
-class RewardError(Exception):
-    """A reward that cannot be used; the text names it and says what to change."""
+from rewards.call import RewardError, describe
+from rewards.remote import Remote
 
 
 @dataclass(frozen=True)
@@ -25,13 +23,35 @@ class Reward:
     weight: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """The recipe entry's own keys, passed on at every call."""
+    remote: Remote | None = None
+    """The process that the function is called in, when not in this one."""
+
+    def close(self) -> None:
+        """End the process of the function."""
+        if self.remote:
+            self.remote.close()
 
 
-def load_reward(function: str, name: str, weight: float, arguments: Mapping[str, Any]) -> Reward:
-    """Find the function and check that it takes the entry's keys; raises RewardError."""
-    found = load_from_file(function) if ":" in function else load_built_in(function)
+def load_reward(
+    function: str,
+    name: str,
+    weight: float,
+    arguments: Mapping[str, Any],
+    timeout: float | None = None,
+    in_process: bool = False,
+) -> Reward:
+    """Find the function and check that it takes the entry's keys; raises RewardError.
+
+    A user's function is called in a process of its own, whose CPU time `timeout` bounds, unless it is `in_process`.
+    """
+    own = ":" in function
+    found = load_from_file(function) if own else load_built_in(function)
+    if timeout and (in_process or not own):
+        why = "in_process: true has no process to end" if in_process else "it bounds functions of your own"
+        raise RewardError(f"reward {function!r}: timeout = {timeout:g} cannot be kept: {why}; leave one of them out")
     check_arguments(function, found, arguments)
-    return Reward(name, found, weight, arguments)
+    remote = Remote(function, timeout) if own and not in_process else None
+    return Reward(name, found, weight, arguments, remote)
 
 
 def find_reward(function: str) -> None:
@@ -86,15 +106,6 @@ def check_arguments(name: str, function: Callable[..., Any], arguments: Mapping[
     known = list(inspect.signature(function).parameters)
     for key in arguments:
         if key not in known:
-            near = difflib.get_close_matches(key, ["function", "weight", *known], n=1)
+            near = difflib.get_close_matches(key, ["function", "weight", "timeout", "in_process", *known], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise RewardError(f"reward {name!r}: unknown key {key!r}{hint} (the function's own: {', '.join(known)})")
-
-
-def describe(error: BaseException) -> str:
-    """One line: what was raised, and where in the user's code."""
-    if isinstance(error, RewardError):
-        return str(error)
-    frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"

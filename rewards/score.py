@@ -4,22 +4,18 @@ A reward that returns None for a whole group does not apply to it, and its term 
 None for some members, or fails, masks those completions: they train nothing, rather than count as wrong.
 """
 
-import asyncio
-import inspect
-import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rewards.load import Reward, RewardError, describe
+from rewards.call import RewardError, WrongShape, call_function, describe
+from rewards.load import Reward
+from rewards.remote import TookTooLong
+from rewards.verdict import Outcome, Verdict, verdict_of
 
 RETRY_SECONDS = 60.0  # after a failure, for trying again in parts; then what is left counts as failed
 MOST_FAILED = 0.05  # share of completions that a reward may fail on before the run stops
-
-
-class WrongShape(RewardError):
-    """Not a list with one entry per completion. Smaller calls might seem to work, so these are not tried."""
 
 
 @dataclass(frozen=True)
@@ -34,38 +30,45 @@ class Scores:
     """Completions that a reward raised on or gave no number for."""
     errors: list[str]
     """What was raised, in words."""
+    verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
+    """Each reward's values with their outcomes."""
 
 
 def score(rewards: Sequence[Reward], columns: Mapping[str, Sequence[Any]], group_size: int) -> Scores:
     """Call every reward on all completions and mix. `columns` holds `completions`, `prompts` and the data's columns."""
-    parts, failed, errors = {}, {}, []
+    verdicts: dict[str, list[Verdict]] = {}
+    errors: list[str] = []
     for reward in rewards:
-        values, broken, messages = call_safely(reward, columns, group_size)
-        parts[reward.name], failed[reward.name] = values, broken
+        verdicts[reward.name], messages = call_safely(reward, columns, group_size)
         errors += messages
-    return Scores(mix(rewards, parts, failed, group_size), parts, failed, errors)
+    parts = {name: [verdict.value for verdict in given] for name, given in verdicts.items()}
+    failed = {name: [one.outcome == Outcome.INFRA_ERROR for one in given] for name, given in verdicts.items()}
+    return Scores(mix(rewards, parts, failed, group_size), parts, failed, errors, verdicts)
 
 
-def call_safely(reward: Reward, columns: Mapping[str, Any], group_size: int, deadline: float | None = None):
-    """Values, failures and messages of one reward. What fails is tried again in parts: groups, then completions."""
+def call_safely(
+    reward: Reward, columns: Mapping[str, Any], group_size: int, deadline: float | None = None
+) -> tuple[list[Verdict], list[str]]:
+    """Verdicts and messages of one reward. What fails is tried again in parts: groups, then completions."""
     count = len(columns["completions"])
+    failures = [verdict_of(Outcome.INFRA_ERROR)] * count
     if deadline and time.monotonic() > deadline:
-        return [None] * count, [True] * count, []
+        return failures, []
     try:
-        return call(reward, columns), [False] * count, []
+        return call(reward, columns), []
     except Exception as error:  # whatever the user's code raises must not end the run
         first = f"reward {reward.name!r}: {describe(error)}"
+        if count == 1 and isinstance(error, TookTooLong):  # this completion's own doing
+            return [verdict_of(Outcome.TIMEOUT)], [first]
         if count == 1 or isinstance(error, WrongShape):
-            return [None] * count, [True] * count, [first]
+            return failures, [first]
     deadline = deadline or time.monotonic() + RETRY_SECONDS
-    values: list[float | None] = []
-    failed: list[bool] = []
+    verdicts: list[Verdict] = []
     size = group_size if count > group_size else 1
     for start in range(0, count, size):
         part = {key: cut(value, start, size, count) for key, value in columns.items()}
-        part_values, part_failed, _ = call_safely(reward, part, group_size, deadline)
-        values, failed = values + part_values, failed + part_failed
-    return values, failed, [first]
+        verdicts += call_safely(reward, part, group_size, deadline)[0]
+    return verdicts, [first]
 
 
 def cut(value: Any, start: int, size: int, count: int) -> Any:
@@ -73,28 +76,13 @@ def cut(value: Any, start: int, size: int, count: int) -> Any:
     return value[start : start + size] if isinstance(value, list) and len(value) == count else value
 
 
-def call(reward: Reward, columns: Mapping[str, Any]) -> list[float | None]:
-    """Call the function and check what it returns; raises RewardError on a wrong length or type."""
-    returned = reward.function(**{**columns, **reward.arguments})  # the recipe's keys go before columns of that name
-    if inspect.iscoroutine(returned):
-        returned = asyncio.run(returned)
-    count = len(columns["completions"])
-    if not isinstance(returned, list | tuple):
-        raise WrongShape(f"must return a list of {count} numbers, not {type(returned).__name__}")
-    if len(returned) != count:
-        raise WrongShape(f"returned {len(returned)} values for {count} completions")
-    return [check_value(value, number) for number, value in enumerate(returned)]
-
-
-def check_value(value: Any, number: int) -> float | None:
-    """A finite number, or None."""
-    if value is None:
-        return None
-    if isinstance(value, str) or not hasattr(value, "__float__"):
-        raise RewardError(f"value {number} is {value!r}; a reward is a number or None")
-    if not math.isfinite(float(value)):
-        raise RewardError(f"value {number} is {float(value)}; a reward is a finite number or None")
-    return float(value)
+def call(reward: Reward, columns: Mapping[str, Any]) -> list[Verdict]:
+    """Call the function, here or in its own process; raises RewardError on what is not a list of numbers."""
+    given = {**columns, **reward.arguments}  # the recipe's keys go before columns of that name
+    start = time.perf_counter()
+    verdicts = reward.remote.call(given) if reward.remote else call_function(reward.function, given)
+    share = (time.perf_counter() - start) / max(len(verdicts), 1)
+    return [verdict if verdict.seconds else replace(verdict, seconds=share) for verdict in verdicts]
 
 
 def mix(rewards: Sequence[Reward], parts, failed, group_size: int) -> list[float | None]:

@@ -50,6 +50,10 @@ class RewardEntry(BaseModel):
 
     function: Annotated[str, Field(min_length=1)]
     weight: float = 1.0
+    timeout: Annotated[float, Field(gt=0)] | None = None
+    """Seconds of CPU time for one call of a function of your own, 60 when left out; twice as many by the clock."""
+    in_process: bool = False
+    """Call a function of your own in the trainer's process, where nothing can stop it, instead of in one of its own."""
 
     @property
     def name(self) -> str:

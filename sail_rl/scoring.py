@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from rewards.call import TrainerState
 from rewards.load import Reward, RewardError, load_reward
 from rewards.score import MOST_FAILED, Scores, score, try_rewards
 from rollouts import Rollout, RolloutEngine, Sampling
@@ -18,14 +19,6 @@ from sail_rl.data.stream import RowStream, Shard
 from sail_rl.launch import Run
 from sail_rl.metrics import deviation, mean
 from sail_rl.questions import Question, reward_columns
-
-
-@dataclass(frozen=True)
-class TrainerState:
-    """What rewards see of the run, under TRL's names."""
-
-    global_step: int
-    max_steps: int
 
 
 @dataclass(frozen=True)
@@ -42,9 +35,15 @@ class Outcome:
 def load_rewards(entries: Sequence[RewardEntry], thinking: str) -> list[Reward]:
     """The recipe's reward functions; one that cannot be found is the user's mistake."""
     try:
-        return [load_reward(e.function, e.name, e.weight, arguments_of(e, thinking)) for e in entries]
+        return [load_entry(entry, thinking) for entry in entries]
     except RewardError as error:
         raise BadInput(str(error)) from error
+
+
+def load_entry(entry: RewardEntry, thinking: str) -> Reward:
+    """The function of one entry."""
+    arguments = arguments_of(entry, thinking)
+    return load_reward(entry.function, entry.name, entry.weight, arguments, entry.timeout, entry.in_process)
 
 
 def arguments_of(entry: RewardEntry, thinking: str) -> dict[str, Any]:
