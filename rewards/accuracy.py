@@ -98,7 +98,7 @@ def judge(completion: Completion, algebra: Algebra) -> Verdict:
     answers = list(dict.fromkeys(final.joined))
     # Boxes joined to one statement must all be right, or together be the list that the gold is.
     value = min(compare(row, text, algebra) for text in answers)
-    if value < 1 and len(answers) > 1 and is_list(row.gold):
+    if value < 1 and len(answers) > 1 and is_list(row.gold, final.hedged):
         value = max(value, compare(row, ", ".join(answers), algebra))
     if type_of(row.answer_type) in DEGREES and not (row.tolerance or {}).get("iou"):
         return Verdict(value, Outcome.SCORED, time.perf_counter() - start, final.text)

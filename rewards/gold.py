@@ -8,7 +8,7 @@ from rewards import structure
 from rewards.accuracy import settle
 from rewards.choices import read_choice, read_options, resolve
 from rewards.ladder import Row, allowed, compare, is_choice, is_number, is_words, split_quantity, type_of
-from rewards.notation import MAX_LENGTH, clean, squash
+from rewards.notation import MAX_LENGTH, clean, squash, text_key
 from rewards.numbers import read_number
 from rewards.similarity import read_boxes
 from rewards.symbolic import Algebra, refused, symbols
@@ -54,7 +54,7 @@ def gold_problem(row: Row) -> str | None:
     if kind in ("box", "ocr") or len(row.gold) > MAX_LENGTH:
         return None
     gold = clean(row.gold)
-    if not gold:
+    if not text_key(gold):
         return f"{shown(row.gold)} says nothing"
     return _choice_problem(gold, kind, row) or _text_problem(gold, gold_type(row))
 

@@ -11,7 +11,7 @@ from fractions import Fraction
 from functools import partial
 
 from rewards import structure, symbolic
-from rewards.choices import looks_like_choice, read_options, resolve, same_choice
+from rewards.choices import looks_like_choice, read_choice, read_options, resolve, same_choice
 from rewards.notation import MAX_LENGTH, clean, squash, text_key
 from rewards.numbers import SIGNIFICANT_DIGITS, Number, agree, read_number
 from rewards.similarity import boxes_overlap, read_boxes, text_similarity
@@ -34,6 +34,7 @@ ANSWER_TYPES = {
 }
 # As a gold without unit this is a list of two: 1,2 and 10,20; not thousands, and not 0,25.
 _LIST_OR_DECIMAL = re.compile(r"(?!0,\d\d)-?\d+,(?!\d{3}$)\d+")
+_TRIGONOMETRY = re.compile(r"(?:sin|cos|tan|cot|sec|csc)\b")  # behind it, degrees belong to the number
 _SUBSCRIPT = re.compile(r"_\{?(\w+)\}?")
 _WORD = re.compile(r"(?<![^\W_])[^\W\d_]{2,}|[一-鿿]")
 _NOT_WORDS = re.compile(r"[\\^=<>+*/|]|\b(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b")
@@ -116,12 +117,14 @@ def allowed(tolerance: Mapping[str, float | None] | None) -> Mapping[str, float]
     return {name: size for name, size in (tolerance or {}).items() if size}
 
 
-def is_list(gold: str) -> bool:
-    """Whether several answers together can be the gold one: a list, a set, several option letters."""
+def is_list(gold: str, hedged: bool) -> bool:
+    """Whether several answers together can be the gold one: a list, a set; several option letters without an "or"."""
     if len(gold) > MAX_LENGTH:
         return False
     group = structure.read_group(clean(gold))
-    return bool(re.fullmatch(r"[A-H]{2,}", clean(gold))) or (group is not None and not group.ordered)
+    if choice := looks_like_choice(clean(gold)) and read_choice(clean(gold)):
+        return len(choice.letters) > 1 and not hedged
+    return group is not None and not group.ordered
 
 
 def _same_clock(gold: str, answer: str) -> bool:
@@ -181,7 +184,7 @@ def is_words(gold: str) -> bool:
 def split_quantity(text: str) -> tuple[str, Unit]:
     """Number and unit of a cleaned text; the whole text where what follows the number is no unit."""
     number, suffix = split_unit(text)
-    unit = read_unit(suffix) if suffix and number else None
+    unit = read_unit(suffix) if suffix and number and not _TRIGONOMETRY.search(number) else None
     return (number, unit) if unit else (text, Unit(Fraction(1), ()))
 
 

@@ -22,7 +22,7 @@ _REFUSED = re.compile(
 )
 _BINOMIAL = re.compile(r"\\[dt]?binom(?![A-Za-z])(?!\s*\{\s*\d{1,3}\s*\}\s*\{\s*\d{1,3}\s*\})")
 _FUNCTION = re.compile(r"(?:sinh?|cosh?|tanh?|cot|sec|csc|log|ln|lg|exp)(?![a-z])")
-_LETTER_TOWER = re.compile(r"\^\{[^{}^]*[a-zA-Z]\^\{?\d\}?[^{}^]*\}")
+_LETTER_TOWER = re.compile(r"\^\{[^{}^]*[a-df-zA-Z]\^\{?\d\}?[^{}^]*\}")
 _SUM_POWER = re.compile(r"[)\]}]\s*\^\s*\{?\s*([-+]?\d+)")
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _FUNCTIONS = {
@@ -31,6 +31,7 @@ _FUNCTIONS = {
     *("emptyset", "begin", "end", "cdot", "ldots", "dots", "mid", "angle", "triangle", "approx", "setminus", "lcm"),
 }
 _PLAIN_FUNCTIONS = re.compile(r"(?<![\\A-Za-z])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![A-Za-z])")
+_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*°")
 _LETTER_RUN = re.compile(r"\\(?:begin|end)\{[a-z]+\*?\}|\\[A-Za-z]+|[A-Za-z]{2,}")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-z]+\*?\}")
 
@@ -147,5 +148,7 @@ class Algebra:
 def parser_spelling(text: str) -> str:
     """A cleaned text in the spelling that math-verify's parser knows."""
     text = _PLAIN_FUNCTIONS.sub(r"\\\1 ", text)
+    if _FUNCTION.search(text):  # it takes radians
+        text = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
     text = _LETTER_RUN.sub(lambda run: run[0] if run[0].startswith("\\") else " ".join(run[0]), text)
     return text.replace("*", r"\cdot ").replace("°", r"^{\circ}")

@@ -139,8 +139,8 @@ class RowStream(Generic[Item]):
             self._record(self.quarantine_file, bad)
         if limit := self._limit_passed(self.bad_rows):
             raise BadInput(
-                f"{self.rows.name}: {len(self.bad_rows)} rows cannot be used, and {limit}; "
-                "mend or remove them, or raise the limit:\n" + self._listed(self.bad_rows)
+                f"{self.rows.name}: {len(self.bad_rows)} rows cannot be used, and {limit}:\n"
+                + self._listed(self.bad_rows)
             )
         golds = {i: why for i, why in bad if is_gold_reason(why)}
         if golds and self.shard.rank == 0:
@@ -150,9 +150,10 @@ class RowStream(Generic[Item]):
         """Which limit these rows pass, in words; right answers have one of their own."""
         golds = sum(map(is_gold_reason, bad_rows.values()))
         if len(bad_rows) - golds > self.max_bad_rows:
-            return f"data.max_bad_rows = {self.max_bad_rows}"
+            return f"data.max_bad_rows = {self.max_bad_rows}; mend or remove them, or raise the limit"
         if golds > MOST_BAD_GOLDS * len(self.rows):
-            return f"at most {MOST_BAD_GOLDS:.0%} of {len(self.rows)} may lack a right answer to compare with"
+            most = f"at most {MOST_BAD_GOLDS:.0%} of {len(self.rows)}"
+            return f"{most} may lack a right answer to compare with; mend or remove them"
         return None
 
     def _listed(self, rows: dict[int, str]) -> str:
