@@ -45,3 +45,9 @@ def value(text: str) -> Fraction | None:
 def read(text: str) -> list[Any]:
     """The text as math-verify parses it; empty where it cannot."""
     return math_verify.parse(rf"\boxed{{{text}}}", _EXTRACTION, fallback_mode="no_fallback", parsing_timeout=None)
+
+
+def by_math_verify(gold: str, answer: str) -> bool:
+    """math-verify's own judgement of a boxed answer, as it comes: for comparison with ours."""
+    parsed = [math_verify.parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in (gold, answer)]
+    return bool(math_verify.verify(*parsed, timeout_seconds=None))

@@ -172,6 +172,9 @@ class GrpoRecipe(CommonRecipe):
 
     rollout: RolloutSection = RolloutSection()
     rewards: Annotated[list[RewardEntry], Field(min_length=1)]
+    reward_workers: Annotated[int, Field(ge=1)] | None = None
+    """Processes beside each that trains, which do symbolic algebra for the `accuracy` reward; started when an answer
+    first needs it. When left out: half of the cores, at most 4."""
     grpo: GrpoSection = GrpoSection()
 
     @model_validator(mode="after")
