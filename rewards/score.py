@@ -51,7 +51,7 @@ def call_safely(
 ) -> tuple[list[Verdict], list[str]]:
     """Verdicts and messages of one reward. What fails is tried again in parts: groups, then completions."""
     count = len(columns["completions"])
-    failures = [verdict_of(Outcome.INFRA_ERROR)] * count
+    failures, start = [verdict_of(Outcome.INFRA_ERROR)] * count, time.monotonic()
     if deadline and time.monotonic() > deadline:
         return failures, []
     try:
@@ -59,7 +59,7 @@ def call_safely(
     except Exception as error:  # whatever the user's code raises must not end the run
         first = f"reward {reward.name!r}: {describe(error)}"
         if count == 1 and isinstance(error, TookTooLong):  # this completion's own doing
-            return [verdict_of(Outcome.TIMEOUT)], [first]
+            return [verdict_of(Outcome.TIMEOUT, time.monotonic() - start)], [first]
         if count == 1 or isinstance(error, WrongShape):
             return failures, [first]
     deadline = deadline or time.monotonic() + RETRY_SECONDS
