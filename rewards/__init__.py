@@ -10,15 +10,15 @@ This package imports nothing of `sail_rl`.
 from collections.abc import Callable
 from typing import Any
 
-from rewards.accuracy import accuracy_reward
+from rewards.accuracy import accuracy_reward, accuracy_verdicts
 from rewards.conciseness import conciseness_reward
-from rewards.format import format_reward
+from rewards.format import format_reward, format_verdicts
 from rewards.judging import judging_by_judge_reward, judging_reward
 from rewards.think_quality import think_quality_reward
 
 BUILT_IN: dict[str, Callable[..., Any]] = {
-    "accuracy": accuracy_reward,
-    "format": format_reward,
+    "accuracy": accuracy_verdicts,
+    "format": format_verdicts,
     "conciseness": conciseness_reward,
     "think_quality": think_quality_reward,
     "judging": judging_reward,

@@ -12,6 +12,7 @@ _TAG = re.compile(r"</?(?:think|judge)>")
 _BRACE = re.compile(r"\\boxed\{|\\boxed\s{1,8}\{|\\.|[{}]", re.DOTALL)
 _JOINER = re.compile(r"(?:and|or|und|[,;/&、，或和]|\s|\\[()\[\],;:! ]|\\text\{|\\quad|[$}])*", re.IGNORECASE)
 _HEDGE = re.compile(r"[\s$,;]*(?:\\text\{\s*)?(?:or\b|或)", re.IGNORECASE)
+_OR = re.compile(r"\bor\b|或", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?。！？\n]")
 _GAP_LIMIT = 80
 
@@ -50,11 +51,7 @@ class FinalAnswer:
 
     text: str  # content of the last box
     joined: tuple[str, ...]  # all boxes of the final run ("or", "and", a comma, touching), the last one included
-
-    @property
-    def ambiguous(self) -> bool:
-        """Whether the run holds two different answers, which only a list as gold allows."""
-        return len({"".join(text.split()) for text in self.joined}) > 1
+    hedged: bool = False  # an "or" stands between two of them
 
 
 def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
@@ -126,10 +123,11 @@ def final_answer(completion: str) -> FinalAnswer | None:
     boxes = [] if parts.problem == "unclosed" else boxed_answers(parts.rest)
     if not boxes:
         return None
-    first = len(boxes) - 1
-    while first and _joins(parts.rest[boxes[first - 1].end : boxes[first].start]):
+    first, hedged = len(boxes) - 1, False
+    while first and _joins(gap := parts.rest[boxes[first - 1].end : boxes[first].start]):
+        hedged = hedged or bool(_OR.search(gap))
         first -= 1
-    return FinalAnswer(boxes[-1].content, tuple(box.content for box in boxes[first:]))
+    return FinalAnswer(boxes[-1].content, tuple(box.content for box in boxes[first:]), hedged)
 
 
 def _joins(gap: str) -> bool:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from rewards.answers import Completion
+from rewards.call import RewardError
 from rewards.judge import Judge, failure_lines
 from rewards.judge_prompt import JudgeQuestion
-from rewards.load import RewardError
 from rewards.think_quality import checks_of
 
 EMPTY_WORDS = (":", "Thought process:", "Solution", "Let's solve this problem step by step.")

@@ -9,8 +9,12 @@ from rewards.notation import clean, squash, text_key
 Options = Mapping[str, str]  # letter -> cleaned text
 
 _PREFIX = re.compile(
-    r"^(?:the\s+)?(?:correct\s+)?(?:options?|choices?|answers?|选项|答案)\s*(?:is|are|:|是)?\s*(?=[A-Z(\[])", re.I
+    r"^(?:the\s+)?(?:correct\s+)?(?:options?|choices?|answers?|选项|答案|故选|应选|选)\s*(?:is|are|:|是)?\s*"
+    r"(?=[A-Z(\[])",
+    re.IGNORECASE,
 )
+_SUFFIX = re.compile(r"(?<=[A-H])\s*选?项$")
+_LOWER_LIST = re.compile(r"[a-h](?:\s*[,;]\s*[a-h])+")
 _BRACKETED = re.compile(r"[(\[{]\s*([A-Za-z])\s*[)\]}][.:]?")
 _WITH_CONTENT = re.compile(r"(?:[(\[]([A-Za-z])[)\]]\s*[.:)]?|([A-Za-z])\s*[.:)](?!\d))\s*(\S.*)", re.DOTALL)
 _SEPARATED = re.compile(r"[A-Z](?:(?:\s|,|;|&|\band\b|和)*[A-Z])*")
@@ -45,10 +49,11 @@ def read_options(options: Sequence[str] | Mapping[str, str] | None) -> dict[str,
 
 def read_choice(text: str) -> Choice | None:
     """The letters of a cleaned text by the grammar of option answers; None when it names none, or hedges."""
-    text = _PREFIX.sub("", text).strip()
+    text = _SUFFIX.sub("", _PREFIX.sub("", text)).strip()
     plain = _BRACKETED.sub(r"\1", text).strip(" .:)(")
     if len(plain) == 1 and plain.isascii() and plain.isalpha():
         return Choice(frozenset(plain.upper()))
+    plain = plain.upper() if _LOWER_LIST.fullmatch(plain) else plain
     if len(plain) <= 60 and _SEPARATED.fullmatch(plain):
         letters = [letter for part in _SEPARATOR.split(plain) for letter in part]
         return Choice(frozenset(letters)) if len(set(letters)) == len(letters) else None

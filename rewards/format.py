@@ -7,19 +7,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from rewards.answers import Completion, boxed_answers, completion_text, split_completion
+from rewards.verdict import Outcome, Verdict, verdict_of
 
 MIN_THINK_CHARACTERS = 16  # runs of blanks count as one; less is a block opened for the reward alone
 MAX_TAIL_CHARACTERS = 200  # after the box; more is reasoning moved out of the think block
 
 
-def format_reward(
+def format_reward(completions: Sequence[str | list[dict[str, Any]]], *arguments: Any, **columns: Any) -> list[float]:
+    """1.0 where the form is right, else 0.0; the arguments are those of `format_verdicts`."""
+    return [verdict.value or 0.0 for verdict in format_verdicts(completions, *arguments, **columns)]
+
+
+def format_verdicts(
     completions: Sequence[str | list[dict[str, Any]]],
     contract: str = "think",
     thinking: Sequence[str | None] | None = None,
     finish_reason: Sequence[str | None] | None = None,
     **columns: Any,
-) -> list[float]:
-    """1.0 where the form is right, else 0.0, also for a completion cut off by the length limit.
+) -> list[Verdict]:
+    """Is the form right? A completion cut off by the length limit is marked as none.
 
     `contract` is "think" (<think>, box), "direct" (no reasoning block or an empty one, box) or "judge" (<judge>,
     <think>, box; the think block may be empty). A column `thinking` sets it for each row, `None` means `contract`.
@@ -27,7 +33,12 @@ def format_reward(
     contracts = [row or contract for row in thinking or [None] * len(completions)]
     reasons = finish_reason or [None] * len(completions)
     rows = zip(completions, contracts, reasons, strict=True)
-    return [float(reason != "length" and is_well_formed(completion_text(text), form)) for text, form, reason in rows]
+    return [verdict_of(_outcome(completion_text(text), form, reason == "length")) for text, form, reason in rows]
+
+
+def _outcome(text: str, contract: str, truncated: bool) -> Outcome:
+    formed = is_well_formed(text, contract)
+    return Outcome.NO_ANSWER if truncated else Outcome.CORRECT if formed else Outcome.WRONG
 
 
 def is_well_formed(text: str, contract: str = "think") -> bool:

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rewards import BUILT_IN
+from rewards.call import RewardError, describe
 from rewards.judge import Judge
-
-
-class RewardError(Exception):
-    """A reward that cannot be used; the text names it and says what to change."""
+from rewards.remote import Remote
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +24,13 @@ class Reward:
     weight: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """The recipe entry's own keys, passed on at every call."""
+    remote: Remote | None = None
+    """The process that the function is called in, when not in this one."""
+
+    def close(self) -> None:
+        """End the process of the function."""
+        if self.remote:
+            self.remote.close()
 
     @property
     def asks_judge(self) -> bool:
@@ -34,18 +39,32 @@ class Reward:
 
 
 def load_reward(
-    function: str, name: str, weight: float, arguments: Mapping[str, Any], judge: Judge | None = None
+    function: str,
+    name: str,
+    weight: float,
+    arguments: Mapping[str, Any],
+    timeout: float | None = None,
+    in_process: bool = False,
+    judge: Judge | None = None,
 ) -> Reward:
     """Find the function and check that it takes the entry's keys; raises RewardError.
 
-    A function with an argument `judge` is given the recipe's judge.
+    A function with an argument `judge` is given the recipe's judge. Any other of a user's is called in a process of its
+    own, whose CPU time `timeout` bounds, unless it is `in_process`.
     """
     found = load_from_file(function) if ":" in function else load_built_in(function)
     check_arguments(function, found, arguments)
     asks = inspect.signature(found).parameters.get("judge")
     if asks and judge is None and asks.default is asks.empty:
         raise RewardError(f"reward {function!r} asks a judge: name one in the section judge (base_url and model)")
-    return Reward(name, found, weight, {**arguments, "judge": judge} if asks and judge else arguments)
+    asks_judge = asks is not None and judge is not None
+    apart = ":" in function and not in_process and not asks_judge
+    if timeout and not apart:
+        why = "one that asks a judge has the judge's limits" if asks_judge else "it bounds functions of your own"
+        why = "in_process: true has no process to end" if in_process else why
+        raise RewardError(f"reward {function!r}: timeout = {timeout:g} cannot be kept: {why}; leave one of them out")
+    given = {**arguments, "judge": judge} if asks_judge else arguments
+    return Reward(name, found, weight, given, Remote(function, timeout) if apart else None)
 
 
 def find_reward(function: str) -> None:
@@ -100,15 +119,6 @@ def check_arguments(name: str, function: Callable[..., Any], arguments: Mapping[
     known = list(inspect.signature(function).parameters)
     for key in arguments:
         if key not in known:
-            near = difflib.get_close_matches(key, ["function", "weight", *known], n=1)
+            near = difflib.get_close_matches(key, ["function", "weight", "timeout", "in_process", *known], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise RewardError(f"reward {name!r}: unknown key {key!r}{hint} (the function's own: {', '.join(known)})")
-
-
-def describe(error: BaseException) -> str:
-    """One line: what was raised, and where in the user's code."""
-    if isinstance(error, RewardError):
-        return str(error)
-    frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rewards.call import RewardError
 from rewards.conciseness import LEAD_OF_RIGHT
-from rewards.load import Reward, RewardError
+from rewards.load import Reward
 
 Values = Mapping[str, Sequence[float | None]]
 Flags = Mapping[str, Sequence[bool]]

@@ -37,6 +37,7 @@ _LETTER_END = r"(?![A-Za-z])"
 _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"(?<!\\)\\[()\[\]]"), " "),  # \( \) \[ \]
     (re.compile(r"\\(?:left|right|displaystyle|textstyle|limits|[bB]igg?[lrm]?|hfill)" + _LETTER_END), " "),
+    (re.compile(r"\\(?:color|textcolor)\s*\{[^{}]*\}|\\(?:tiny|small|large|Large|LARGE|huge|Huge)" + _LETTER_END), " "),
     (re.compile(r"\\!|\{,\}(?=\D)"), ""),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad" + _LETTER_END + r"|(?<!\\)~|\\n?thinspace" + _LETTER_END), " "),
@@ -70,12 +71,17 @@ _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
     (re.compile(r"\\infin(?:ity)?" + _LETTER_END + r"|\binfinity\b"), r"\\infty "),
 ]
 _WRAPPERS = "boxed|text|textbf|textit|textrm|textsf|texttt|textnormal|emph|mbox|hbox|mathrm|mathbf|mathit|mathsf|mathtt"
-_BRACES = re.compile(r"\\(?:" + _WRAPPERS + r"|bm|boldsymbol|pmb|operatorname\*?|rm|bf)\s?\{|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(
+    r"\\(?:" + _WRAPPERS + r"|underline|bm|boldsymbol|pmb|operatorname\*?|rm|bf)\s?\{|\\.|[{}]", re.DOTALL
+)
 _LEAD = re.compile(
     r"^(?:[\s=:]|\\approx" + _LETTER_END + r"|~|(?:the\s)?(?:final\s)?answer\sis\b|answer:|approximately\b|approx\.?\s|"
     r"about\b|答案是?[::]?|选项?(?=[A-Z])|约|大约|\\therefore)+",
     re.IGNORECASE,
 )
+_SIGN_WORD = re.compile(r"^(?:negative|minus|负)\s*(?=[\d\\.])", re.IGNORECASE)
+_OPTION_COMMA = re.compile(r"^([A-H]),\s*(?=[^\sA-Za-z])")  # the Chinese way to name an option and its text
+_DIGIT_GAP = re.compile(r"(?<=\d)\s+(?=\d)")
 _ARTICLES = {"a", "an", "the"}
 _INNER_POINT = re.compile(r"(?<=\d)\.(?=\d)")
 _TEXT_NOISE = re.compile(r"[\s,;:!?'\".()\[\]{}$\\_、·]+|(?<=\w)-(?=\w)|-(?!\d)")
@@ -92,7 +98,8 @@ def clean(text: str) -> str:
     text = " ".join(_money(text).split()).replace(" ^", "^")
     if text.startswith("**") and text.endswith("**"):  # Markdown's bold
         text = text[2:-2]
-    return _LEAD.sub("", text).rstrip(" .;,").strip()
+    text = _SIGN_WORD.sub("-", _OPTION_COMMA.sub(r"\1. ", _LEAD.sub("", text)))
+    return text if text.endswith("..") else text.rstrip(" .;,\\").strip()
 
 
 def _unwrap(text: str) -> str:
@@ -125,8 +132,8 @@ def _repeating(whole: str, fixed: str, cycle: str) -> str:
 
 
 def squash(text: str) -> str:
-    """A cleaned text without any space: equal ones are the same answer in every type."""
-    return "".join(text.split())
+    """A cleaned text without any space but those between digits: equal ones are the same answer in every type."""
+    return "".join(_DIGIT_GAP.sub("\0", text).split()).replace("\0", " ")
 
 
 def text_key(text: str) -> str:

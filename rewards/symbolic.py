@@ -1,20 +1,17 @@
-r"""Real expressions: math-verify behind a cheap refusal of what could keep it busy for ever.
+r"""Real expressions: what may be asked of symbolic algebra, which a worker process answers (algebra.py).
 
-math-verify stops itself by SIGALRM alone, which works in the main thread only; in any other thread both timeouts are
-None and `refused` is the whole defence, so it errs on the side of refusing. A refused answer is a wrong one.
+Nothing here imports sympy. What could keep it busy is refused before it is asked; a refused answer is a wrong one.
 """
 
-import logging
 import re
-import signal
-import threading
-import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Literal
 
 from rewards.notation import MAX_LENGTH, squash
+from rewards.verdict import Outcome
 
-TIMEOUT_SECONDS = 1  # whole seconds, for each parse and for each comparison
 MAX_DEPTH = 12
 MAX_FUNCTIONS = 4  # nested or multiplied trigonometry takes seconds to simplify
 MAX_POWER_OF_SUM = 12  # all exponents on brackets multiplied
@@ -25,7 +22,7 @@ _REFUSED = re.compile(
 )
 _BINOMIAL = re.compile(r"\\[dt]?binom(?![A-Za-z])(?!\s*\{\s*\d{1,3}\s*\}\s*\{\s*\d{1,3}\s*\})")
 _FUNCTION = re.compile(r"(?:sinh?|cosh?|tanh?|cot|sec|csc|log|ln|lg|exp)(?![a-z])")
-_LETTER_TOWER = re.compile(r"\^\{[^{}^]*[a-zA-Z]\^\{?\d\}?[^{}^]*\}")
+_LETTER_TOWER = re.compile(r"\^\{[^{}^]*[a-df-zA-Z]\^\{?\d\}?[^{}^]*\}")
 _SUM_POWER = re.compile(r"[)\]}]\s*\^\s*\{?\s*([-+]?\d+)")
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _FUNCTIONS = {
@@ -34,6 +31,7 @@ _FUNCTIONS = {
     *("emptyset", "begin", "end", "cdot", "ldots", "dots", "mid", "angle", "triangle", "approx", "setminus", "lcm"),
 }
 _PLAIN_FUNCTIONS = re.compile(r"(?<![\\A-Za-z])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![A-Za-z])")
+_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*°")
 _LETTER_RUN = re.compile(r"\\(?:begin|end)\{[a-z]+\*?\}|\\[A-Za-z]+|[A-Za-z]{2,}")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-z]+\*?\}")
 
@@ -82,67 +80,75 @@ def symbols(text: str) -> set[str]:
     return named | {letter for letter in plain if letter.isalpha() and letter not in "ei"}
 
 
-def same_expression(gold: str, answer: str) -> bool:
-    """Whether math-verify finds two cleaned expressions equal."""
-    names = symbols(answer)
-    if refused(gold) or refused(answer) or not names <= symbols(gold) or (symbols(gold) and not names):
+@dataclass(frozen=True)
+class Question:
+    """For a worker: are two texts the same expression, or what is the value of one."""
+
+    kind: Literal["same", "value"]
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a worker found, or why it found nothing."""
+
+    value: bool | Fraction | None = None
+    problem: Outcome | None = None
+    seconds: float = 0.0
+
+
+class Unanswered(Exception):
+    """A comparison cannot go on without the answer to a question."""
+
+    def __init__(self, question: Question):
+        super().__init__(question)
+        self.question = question
+
+
+class Algebra:
+    """Symbolic algebra for one comparison, as far as its replies are known; it asks by raising Unanswered."""
+
+    def __init__(self, known: Mapping[Question, Reply]):
+        self._known = known
+        self.problems: set[Outcome] = set()
+        """Why some of what was asked has no answer."""
+        self.seconds = 0.0
+        """What the replies took in the workers."""
+
+    def same(self, gold: str, answer: str) -> bool:
+        """Whether two cleaned expressions are equal."""
+        names = symbols(answer)
+        if self._refuses(gold, answer) or not names <= symbols(gold) or (symbols(gold) and not names):
+            return False
+        return self._ask(Question("same", (gold, answer))) is True
+
+    def value(self, text: str) -> Fraction | None:
+        r"""The value of a constant such as 2\pi to 15 digits, or None."""
+        if symbols(text) or self._refuses(text):
+            return None
+        value = self._ask(Question("value", (text,)))
+        return value if isinstance(value, Fraction) else None
+
+    def _refuses(self, *texts: str) -> bool:
+        if any(map(refused, texts)):
+            self.problems.add(Outcome.REFUSED)
+            return True
         return False
-    return _guarded(_compare, gold, answer) is True
+
+    def _ask(self, question: Question) -> bool | Fraction | None:
+        reply = self._known.get(question)
+        if reply is None:
+            raise Unanswered(question)
+        if reply.problem:
+            self.problems.add(reply.problem)
+        self.seconds += reply.seconds
+        return reply.value
 
 
-def constant_value(text: str) -> Fraction | None:
-    r"""The value of a constant such as 2\pi to 15 digits, or None."""
-    if refused(text) or symbols(text):
-        return None
-    value = _guarded(_evaluate, text)
-    return value if isinstance(value, Fraction) else None
-
-
-def _guarded(function: Any, *texts: str) -> Any:
-    """Call into math-verify; whatever it or sympy raises on strange input means that nothing was shown."""
-    # 3 s of import, needed for the rare expression only.
-    from math_verify.errors import TimeoutException
-
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns of each timeout, which is a verdict here
-    watchdog, started = signal.getitimer(signal.ITIMER_REAL), time.monotonic()
-    try:
-        return function(*[_latex(text) for text in texts])
-    except (Exception, TimeoutException):  # its TimeoutException derives from BaseException
-        return None
-    finally:
-        if watchdog[0] and _timeout():  # its alarm has cancelled a timer that the caller had set
-            signal.setitimer(signal.ITIMER_REAL, max(watchdog[0] - time.monotonic() + started, 1e-3), watchdog[1])
-
-
-def _compare(gold: str, answer: str) -> bool:
-    from math_verify import verify
-
-    pair = _parse(gold), _parse(answer)
-    return all(pair) and bool(verify(*pair, timeout_seconds=_timeout()))
-
-
-def _evaluate(text: str) -> Fraction | None:
-    parsed = _parse(text)
-    value = parsed[0].evalf(15) if parsed else None
-    return Fraction(str(value)) if value is not None and value.is_Float and value.is_finite else None
-
-
-def _parse(text: str) -> list[Any]:
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse
-
-    # Units are gone by now; its own list of them would read 2ab as 2.
-    normalization = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="all", equations=False)
-    config = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=normalization)]
-    return parse(rf"\boxed{{{text}}}", config, fallback_mode="no_fallback", parsing_timeout=_timeout())
-
-
-def _timeout() -> int | None:
-    return TIMEOUT_SECONDS if threading.current_thread() is threading.main_thread() else None
-
-
-def _latex(text: str) -> str:
+def parser_spelling(text: str) -> str:
     """A cleaned text in the spelling that math-verify's parser knows."""
     text = _PLAIN_FUNCTIONS.sub(r"\\\1 ", text)
+    if _FUNCTION.search(text):  # it takes radians
+        text = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
     text = _LETTER_RUN.sub(lambda run: run[0] if run[0].startswith("\\") else " ".join(run[0]), text)
     return text.replace("*", r"\cdot ").replace("°", r"^{\circ}")

@@ -70,7 +70,7 @@ _NAMED_POWERS = {
 }
 _SCALES = {
     **{"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12},
-    **{"千": 1000, "万": 10**4, "百万": 10**6, "亿": 10**8, "mn": 10**6, "bn": 10**9},
+    **{"千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8, "mn": 10**6, "bn": 10**9},
 }
 # Words behind a number that make it another number or no single answer, so never a counted thing.
 _NOT_COUNTED = {
@@ -82,7 +82,9 @@ _NEEDS_SPACE = {"t", "h", "l", "K", "B", "T"}
 _SAME_SIGN = ({"¥", "yen"}, {"¥", "yuan"})
 _CURRENCY = re.compile(r"^(-?)\s*(US\$|[$€£¥₹₩]|USD|EUR|GBP|CNY|RMB|JPY|INR)\s*(?=[-.\d])", re.IGNORECASE)
 _SUFFIX = re.compile(r"\\[A-Za-z]+|\d[eE][+-]?\d+|([A-Za-zμΩ°$€£¥₹₩¢一-鿿].*)")
+_CHINESE_SCALE = re.compile(r"^(百万|千万|[千万亿])(?=[^\s千万亿])(?!米|克|瓦)")
 _FACTOR = re.compile(r"([A-Za-zμΩ°$€£¥₹₩¢一-鿿]+)(?:\^?\{?(-?\d)\}?)?")
+_SHORT_SPEEDS = {"kmph": "km/h", "kph": "km/h", "mph": "mi/h", "mps": "m/s"}
 _POWER_WORDS = {"square": 2, "sq": 2, "sq.": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3, "平方": 2, "立方": 3}
 
 
@@ -128,7 +130,7 @@ def _may_touch(unit: str) -> bool:
 
 def read_unit(text: str) -> Unit | None:
     """The unit that a text names; counted things ("apples") are units of their own; None for anything else."""
-    scale, words = 1, text.split()
+    scale, words = 1, _CHINESE_SCALE.sub(r"\1 ", text).split()
     while words and words[0].casefold() in _SCALES:
         scale *= _SCALES[words.pop(0).casefold()]
     if not words:
@@ -153,7 +155,7 @@ def conversion(gold: Unit, answer: Unit) -> Fraction | None:
 
 def _compound(text: str) -> Unit | None:
     """`m/s^2`, `kg m^{-3}`, `square cm`, `km per hour`, `平方厘米`."""
-    text = re.sub(r"\s*(?:/|\bper\b)\s*", "/", text)
+    text = re.sub(r"\s*(?:/|\bper\b)\s*", "/", _SHORT_SPEEDS.get(text.casefold(), text))
     text = re.sub(r"(degrees?) (celsius|fahrenheit)", r"\2", text.replace("° ", "°"), flags=re.IGNORECASE)
     factor, powers = Fraction(1), dict[str, int]()
     for index, side in enumerate(text.split("/")):

@@ -33,7 +33,43 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.add_argument("recipe", help="a YAML file, such as recipes/rlvr.yaml")
     doctor.add_argument("overrides", nargs="*", metavar="key.sub=value", help="recipe keys to change")
     doctor.set_defaults(run_command=examine_recipe)
+    add_rewards(commands.add_parser("rewards", help="try a reward function, or look at what a run's rewards judged"))
     return parser
+
+
+def add_rewards(parser: argparse.ArgumentParser) -> None:
+    """`sail-rl rewards test` and `sail-rl rewards audit`."""
+    commands = parser.add_subparsers(dest="rewards_command", required=True)
+    test = commands.add_parser("test", help="call a reward on sample completions and name what is wrong with it")
+    test.add_argument("function", help="my_file.py:my_reward, or the name of a built-in")
+    test.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="rows as data.train has them, .jsonl or .parquet; "
+        "with a column `completion` or `completions` these are judged instead of invented ones",
+    )
+    test.add_argument("--timeout", type=float, help="as in the recipe: seconds of CPU time for one call")
+    test.add_argument("--in-process", action="store_true", help="as in the recipe: call it in this process")
+    test.set_defaults(run_command=test_reward)
+    audit = commands.add_parser("audit", help="list the slowest, the refused, and where math-verify disagrees")
+    audit.add_argument("run", type=Path, help="a run folder, such as runs/quickstart")
+    audit.set_defaults(run_command=lambda arguments: audit_rewards(arguments.run))
+
+
+def test_reward(arguments: argparse.Namespace) -> None:
+    """Exit with 1 where something is wrong with the reward."""
+    from sail_rl.reward_trial import try_reward
+
+    if not try_reward(arguments.function, arguments.data, arguments.timeout, arguments.in_process):
+        sys.exit(1)
+
+
+def audit_rewards(run: Path) -> None:
+    """Print what is worth a look."""
+    from sail_rl.audit import audit
+
+    audit(run)
 
 
 def examine_recipe(arguments: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rewards.load import RewardError
+from rewards.call import RewardError
 from rewards.mix import Mixing, check_mix
 from sail_rl.config_data import DataSection, ModelSection, Section
 from sail_rl.config_rewards import JudgeSection, RewardMixSection
@@ -74,6 +74,10 @@ class RewardEntry(BaseModel):
 
     function: Annotated[str, Field(min_length=1)]
     weight: float = 1.0
+    timeout: Annotated[float, Field(gt=0)] | None = None
+    """Seconds of CPU time for one call of a function of your own, 60 when left out; twice as many by the clock."""
+    in_process: bool = False
+    """Call a function of your own in the trainer's process, where nothing can stop it, instead of in one of its own."""
 
     @property
     def name(self) -> str:
@@ -194,6 +198,9 @@ class GrpoRecipe(CommonRecipe):
     rewards: Annotated[list[RewardEntry], Field(min_length=1)]
     reward_mix: RewardMixSection = RewardMixSection()
     judge: JudgeSection | None = None
+    reward_workers: Annotated[int, Field(ge=1)] | None = None
+    """Processes beside each that trains, which do symbolic algebra for the `accuracy` reward; started when an answer
+    first needs it. When left out: half of the cores, at most 4."""
     grpo: GrpoSection = GrpoSection()
 
     @model_validator(mode="after")

@@ -166,7 +166,8 @@ class DataSection(Section):
     max_prompt_length: Annotated[int, Field(ge=1)] = 4096
     """In tokens, pictures included; a longer prompt is a bad row, never cut."""
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
-    """Rows that cannot be used are set aside, with id and reason, up to this many; then the run stops."""
+    """Rows that cannot be used are set aside, with id and reason, up to this many; then the run stops. Rows whose right
+    answer the `accuracy` reward cannot compare with do not count here: up to 5 % of a source's are left out."""
     shuffle: bool = True
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes beside each that trains, which decode and cut the pictures of the next step while this one runs: one

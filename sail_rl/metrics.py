@@ -46,6 +46,7 @@ class MetricsLog:
         self.file = run.folder / "metrics.jsonl"
         if self.active:
             keep_steps_until(self.file, first_step)
+            keep_steps_until(run.folder / "verdicts.jsonl", first_step)
         columns = [
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, overload
 from PIL import Image
 
 from rollouts import Prompt, Rollout
-from sail_rl.config import SftRecipe
+from sail_rl.config import CommonRecipe, GrpoRecipe, SftRecipe
 from sail_rl.config_data import DataSection
 from sail_rl.data.example import Example
 from sail_rl.data.prompting import Sample, make_prompt, make_sample, pick_kind
@@ -75,9 +75,15 @@ def checked_stream(run: Run, part: str, prepare: Callable[[Example, int], Item])
         video_frames=data.video_frames,
         workers=run.workers,
         one_pass=part == "eval",
+        compared=compares(run.recipe),
     )
     stream.check_rows()
     return stream
+
+
+def compares(recipe: CommonRecipe) -> bool:
+    """Whether completions are compared with right answers, which then have to be such that this can be done."""
+    return isinstance(recipe, GrpoRecipe) and any(entry.function == "accuracy" for entry in recipe.rewards)
 
 
 def reward_columns(questions: Sequence[Question], rollouts: Sequence[Rollout], run: Path) -> dict[str, list[Any]]:

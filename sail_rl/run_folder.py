@@ -31,6 +31,7 @@ FREE_KEYS = (
     # Where and how patiently the judge is asked; the judge itself stays.
     *(f"judge.{key}" for key in ("base_url", "api_key_env", "concurrency", "call_seconds", "batch_seconds")),
     *(f"judge.{key}" for key in ("tries", "breaker", "cache", "when_failing")),
+    "reward_workers",
 )
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,17 +10,20 @@ from typing import Any
 
 import torch
 
+from rewards import algebra_pool
+from rewards.call import RewardError, TrainerState
 from rewards.canaries import check_judge
 from rewards.judge import Judge, JudgeSettings
-from rewards.load import Reward, RewardError, load_reward
+from rewards.load import Reward, load_reward
 from rewards.score import MOST_FAILED, Scores, score, try_rewards
+from rewards.verdict import Outcome as Ending
 from rollouts import Rollout, RolloutEngine
 from sail_rl.advantage import Advantages
 from sail_rl.checkpoint import Progress
 from sail_rl.command_line import BadInput
 from sail_rl.config import GrpoRecipe, RewardEntry
 from sail_rl.data.stream import RowStream, Shard
-from sail_rl.launch import Run
+from sail_rl.launch import Run, cores_per_process
 from sail_rl.metrics import deviation, mean
 from sail_rl.questions import Question, reward_columns
 from sail_rl.sampling import training_sampling
@@ -27,13 +31,8 @@ from sail_rl.sampling import training_sampling
 MOST_MISSING = 0.2  # share of a step's verdicts that a judge may fail to give
 STEPS_OF_PATIENCE = 3  # with more missing, until the run stops: an endpoint may restart
 
-
-@dataclass(frozen=True)
-class TrainerState:
-    """What rewards see of the run, under TRL's names."""
-
-    global_step: int
-    max_steps: int
+TIMEOUT = str(Ending.TIMEOUT)
+NOTEWORTHY = 0.01  # share of completions
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ class Outcome:
     reward: float | None
     parts: dict[str, float | None]
     failed: dict[str, bool]
+    verdicts: dict[str, tuple[str, float]]
+    """For each reward how scoring ended, and the seconds that it took."""
     checks: dict[str, float | None] = field(default_factory=dict)
 
 
@@ -52,9 +53,21 @@ def load_rewards(recipe: GrpoRecipe) -> list[Reward]:
     """The recipe's reward functions; one that cannot be found is the user's mistake."""
     judge = make_judge(recipe)
     try:
-        return [load_reward(e.function, e.name, e.weight, arguments_of(e, recipe), judge) for e in recipe.rewards]
+        return [load_entry(entry, recipe, judge) for entry in recipe.rewards]
     except RewardError as error:
         raise BadInput(str(error)) from error
+
+
+def set_workers(run: Run) -> None:
+    """How many processes do algebra for this one; they start when an answer first needs them."""
+    cores = cores_per_process(run.accelerator)
+    algebra_pool.use_workers(run.recipe.reward_workers or max(1, min(algebra_pool.MOST_WORKERS, cores // 2)))
+
+
+def load_entry(entry: RewardEntry, recipe: GrpoRecipe, judge: Judge | None) -> Reward:
+    """The function of one entry."""
+    arguments = arguments_of(entry, recipe)
+    return load_reward(entry.function, entry.name, entry.weight, arguments, entry.timeout, entry.in_process, judge)
 
 
 def arguments_of(entry: RewardEntry, recipe: GrpoRecipe) -> dict[str, Any]:
@@ -124,6 +137,7 @@ def gather_outcomes(shard: Shard, rollouts: Sequence[Rollout], scores: Scores) -
             parts={name: values[i] for name, values in scores.parts.items()},
             failed={name: flags[i] for name, flags in scores.failed.items()},
             checks={name: values[i] for name, values in scores.checks.items()},
+            verdicts={name: (str(given[i].outcome), given[i].seconds) for name, given in scores.verdicts.items()},
         )
         for i, rollout in enumerate(rollouts)
     ]
@@ -181,6 +195,7 @@ def reward_figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         figures[f"rewards/{name}/mean"] = mean(values)
         figures[f"rewards/{name}/std"] = deviation(values)
         figures[f"rewards/{name}/failed"] = sum(outcome.failed[name] for outcome in outcomes)
+        figures |= verdict_figures(name, [outcome.verdicts[name] for outcome in outcomes])
     for name in sorted({name for outcome in outcomes for name in outcome.checks}):
         figures[f"rewards/{name}/mean"] = mean([outcome.checks.get(name) for outcome in outcomes])
     return figures | {
@@ -189,6 +204,27 @@ def reward_figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "completion/truncated": sum(outcome.truncated for outcome in outcomes) / len(outcomes),
         "completion/masked": sum(reward is None for reward in rewards),
     }
+
+
+def verdict_figures(name: str, verdicts: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """How scoring ended, as counts and shares of those that occurred, and how long it took for one completion."""
+    seconds = sorted(took for _, took in verdicts)
+    figures: dict[str, float] = {
+        f"rewards/{name}/seconds_{mark}": seconds[min(int(share * len(seconds)), len(seconds) - 1)]
+        for mark, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))
+    }
+    for ending, count in Counter(ending for ending, _ in verdicts).items():
+        figures |= {f"rewards/{name}/count/{ending}": count, f"rewards/{name}/share/{ending}": count / len(verdicts)}
+    if figures.get(f"rewards/{name}/share/{TIMEOUT}", 0) > NOTEWORTHY:
+        print(f"warning: reward {name!r} ran out of CPU time on more than {NOTEWORTHY:.0%} of a step", file=sys.stderr)
+    return figures
+
+
+def close_rewards(rewards: Sequence[Reward]) -> None:
+    """End all processes that belong to rewards."""
+    algebra_pool.close()
+    for reward in rewards:
+        reward.close()
 
 
 def group_figures(

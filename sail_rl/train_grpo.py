@@ -13,6 +13,7 @@ def train(recipe: GrpoRecipe) -> None:
     # Imported here, so that mistakes in a recipe are answered before torch loads.
     from sail_rl import checkpoint, scoring
     from sail_rl.advantage import group_advantages
+    from sail_rl.audit import log_verdicts
     from sail_rl.balance import share_work
     from sail_rl.batch import idle_group, make_batches
     from sail_rl.batch_form import choose_attention, choose_form
@@ -40,6 +41,7 @@ def train(recipe: GrpoRecipe) -> None:
     # The run, its rewards, model and data.
     rewards = scoring.load_rewards(recipe)
     run = start_run(recipe)
+    scoring.set_workers(run)
     check_divisible(run, "rollout.prompts_per_step", rollout.prompts_per_step)
     resumed = checkpoint.latest_checkpoint(run.folder)
     policy, processor = load_model(checkpoint.resume_from(recipe.model, resumed), recipe.seed)
@@ -114,6 +116,7 @@ def train(recipe: GrpoRecipe) -> None:
                 log.write(step, figures | utilisation | {"learning_rate": learning_rate})
                 if step in (1, trainer.max_steps) or step % trainer.transcript_every == 0:
                     save_transcript(run, step, questions, rollouts, scores, advantages)
+                log_verdicts(run, step, questions, rollouts, scores)
                 if step == trainer.max_steps or step % trainer.save_every == 0:
                     checkpoint.save_checkpoint(run, whole, processor, optimizer, progress)
     except BadInput:
@@ -122,6 +125,7 @@ def train(recipe: GrpoRecipe) -> None:
         raise
     after = predictions_once(run, "after", engine, eval_stream)
     engine.close()
+    scoring.close_rewards(rewards)
     finish_run(run, whole, processor, progress, before, after)
 
 

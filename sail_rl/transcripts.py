@@ -38,6 +38,7 @@ def save_transcript(
                 "finish_reason": rollout.finish_reason,
                 "reward": scores.totals[i],
                 "rewards": {name: values[i] for name, values in (scores.parts | scores.checks).items()},
+                "outcomes": {name: str(given[i].outcome) for name, given in scores.verdicts.items()},
                 "advantage": values[i],
                 "family": question.example.columns.get("family"),
                 "images": save_pictures(run.folder, question.example),

@@ -232,6 +232,45 @@ def test_a_bad_row_met_twice_in_one_batch_is_recorded_once(tmp_path):
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 1
 
 
+def write_golds(folder, golds):
+    rows = [
+        {"uid": f"r{i}", "question": "Why?", **({"answer": one} if isinstance(one, str) else one)} for i, one in golds
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "rows.jsonl"
+
+
+def test_rows_whose_right_answer_cannot_be_compared_with_are_left_out_and_listed(tmp_path, capsys):
+    golds = ["1", "x+1", r"2\sqrt{", {"answer": "E", "options": ["4", "5"]}, *map(str, range(4, 40))]
+    stream = open_stream(write_golds(tmp_path, enumerate(golds)), compared=True, columns={"id": "uid"})
+    stream.check_rows()
+    assert sorted(stream.bad_rows) == [2, 3]  # of 40, and data.max_bad_rows = 0
+    shown = capsys.readouterr().err
+    assert "2 rows left out" in shown
+    assert r"row 3 (id r2): the right answer cannot be compared with: the braces of '2\\sqrt{' do not match" in shown
+    assert "row 4 (id r3): the right answer cannot be compared with: 'E' is none of the 2 options" in shown
+    assert sorted(rows_of(stream, 38)) == [0, 1, *range(4, 40)]
+    again = open_stream(tmp_path / "rows.jsonl", compared=True, shuffle=False)  # as a resumed run does
+    assert sorted(again.bad_rows) == [2, 3]
+    open_stream(tmp_path / "rows.jsonl").check_rows()  # nobody compares: nothing to find
+
+
+def test_more_than_a_twentieth_of_bad_right_answers_stops_the_run(tmp_path):
+    path = write_golds(tmp_path, enumerate(["9^{9^9}", r"\frac{1}{", *map(str, range(30))]))
+    for find in (lambda stream: stream.check_rows(), lambda stream: stream.next_items(32)):
+        with pytest.raises(BadInput, match=r"2 rows cannot be used, and at most 5% of 32 may lack a right answer"):
+            find(open_stream(path, compared=True, max_bad_rows=9))
+        (tmp_path / "quarantine.jsonl").unlink()
+
+
+def test_the_type_of_the_right_answer_is_fixed_at_load(tmp_path):
+    golds = ["5 cm", "x+1", {"answer": "5", "answer_type": "integer"}]
+    rows = JsonLinesRows(write_golds(tmp_path, enumerate(golds)))
+    examples = [make_example(rows.row(i), "row", {}, tmp_path, compared=True) for i in range(3)]
+    assert [example.columns["answer_type"] for example in examples] == ["unit", "expression", "integer"]
+    assert "answer_type" not in make_example(rows.row(0), "row", {}, tmp_path).columns
+
+
 def test_more_bad_rows_than_allowed_stop_the_run(tmp_path):
     with pytest.raises(BadInput, match=r"(?s)2 rows cannot be used, and data.max_bad_rows = 1.*row 4 .*row 6 "):
         open_stream(write_rows(tmp_path, BROKEN_AT_START), max_bad_rows=1).check_rows()

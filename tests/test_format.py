@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from rewards.format import format_reward
+from rewards.format import format_reward, format_verdicts
+from rewards.verdict import Outcome
 
 THOUGHT = "The card shows 2 and 3, which add up to 5."
 GOOD = rf"<think>{THOUGHT}</think>" "\n" r"The answer is \boxed{5}."
@@ -84,6 +85,8 @@ def test_the_column_thinking_goes_before_the_contract():
 
 def test_a_truncated_completion_scores_zero():
     assert format_reward([GOOD] * 3, finish_reason=["stop", "length", None]) == [1.0, 0.0, 1.0]
+    found = format_verdicts([GOOD, GOOD, "no box"], finish_reason=["stop", "length", "stop"])
+    assert [verdict.outcome for verdict in found] == [Outcome.CORRECT, Outcome.NO_ANSWER, Outcome.WRONG]
 
 
 def test_an_unknown_contract_is_named():

@@ -10,11 +10,11 @@ from judge_server import completion, serve, verdict
 from PIL import Image
 
 from rewards import judge as judge_module
+from rewards.call import RewardError
 from rewards.canaries import check_judge
 from rewards.judge import Judge, JudgeSettings
 from rewards.judge_prompt import JudgeQuestion, content_key, request_body
 from rewards.judge_reply import NoVerdict, parse_verdict
-from rewards.load import RewardError
 
 QUICK = {"call_seconds": 5.0, "batch_seconds": 20.0}
 

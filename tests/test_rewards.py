@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from rewards import accuracy_reward
+from rewards import accuracy_reward, accuracy_verdicts
 from rewards.load import Reward, RewardError, load_reward
 from rewards.score import score, try_rewards
 
@@ -61,7 +61,7 @@ def in_folder(tmp_path, monkeypatch):
 
 def test_a_built_in_is_found_by_name():
     reward = load_reward("accuracy", "accuracy", 0.9, {})
-    assert (reward.name, reward.function, reward.weight) == ("accuracy", accuracy_reward, 0.9)
+    assert (reward.name, reward.function, reward.weight) == ("accuracy", accuracy_verdicts, 0.9)
 
 
 @pytest.mark.usefixtures("in_folder")

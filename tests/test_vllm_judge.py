@@ -10,9 +10,9 @@ from test_vllm import wait_for
 from vllm_answers import ENGINE
 
 from rewards import think_quality_reward
+from rewards.call import RewardError
 from rewards.canaries import check_judge
 from rewards.judge import Judge, JudgeSettings
-from rewards.load import RewardError
 from rewards.think_quality import CHECKS
 from sail_rl.data.pictures import picture_row
 

@@ -21,11 +21,15 @@ class RowLoader(Generic[Item]):
     """From an example and its position to the item."""
     columns: dict[str, str]
     video_frames: int
+    compared: bool = False
+    """Completions are compared with the right answer, so its type is fixed."""
 
     def load(self, position: int, index: int) -> Item:
         """The item of a row, its pictures decoded; raises BadRow."""
         row = self.rows.row(index)
-        example = make_example(row, f"row {index + 1}", self.columns, self.rows.folder, self.video_frames)
+        example = make_example(
+            row, f"row {index + 1}", self.columns, self.rows.folder, self.video_frames, self.compared
+        )
         return self.prepare(example, position)
 
 

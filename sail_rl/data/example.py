@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from sail_rl.data.golds import fixed_type
 from sail_rl.data.images import BadRow, decode_image
 from sail_rl.data.videos import decode_video
 
@@ -45,16 +46,27 @@ class Example:
 
 
 def make_example(
-    row: Mapping[str, Any], default_id: str, columns: Mapping[str, str], folder: Path, video_frames: int = 16
+    row: Mapping[str, Any],
+    default_id: str,
+    columns: Mapping[str, str],
+    folder: Path,
+    video_frames: int = 16,
+    compared: bool = False,
 ) -> Example:
-    """Check a raw row and decode its pictures and videos; raises BadRow."""
+    """Check a raw row and decode its pictures and videos; raises BadRow.
+
+    Where completions are to be `compared` with the right answer, its type is fixed here.
+    """
     row = rename_columns(row, columns)
     check_row(row)
+    answer_type = fixed_type(row) if compared else None
     raw_images, raw_videos = image_column(row), video_column(row)
     images = tuple(decode_image(image, folder) for image in raw_images)
     videos = tuple(decode_video(video, folder, video_frames) for video in raw_videos)
     row_columns = {name: value for name, value in row.items() if name not in DECODED_COLUMNS}
     row_columns["answer"] = answer_text(row)
+    if answer_type:
+        row_columns["answer_type"] = answer_type
     row_columns["images"] = paths_of(raw_images, folder)
     if raw_videos:
         row_columns["videos"] = paths_of(raw_videos, folder)

@@ -1,6 +1,7 @@
 """The order of rows: shuffled by seed, resumable by one number, the same on every process, without bad rows."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from sail_rl.command_line import BadInput
 from sail_rl.data.ahead import Ahead, RowLoader
 from sail_rl.data.example import check_row, image_column, rename_columns, video_column
+from sail_rl.data.golds import MOST_BAD_GOLDS, bad_golds, gold_row, is_gold_reason
 from sail_rl.data.images import IMAGE_ERRORS, BadRow, open_image
 from sail_rl.data.sources import ENDLESS, Rows
 from sail_rl.data.videos import check_video
@@ -56,9 +58,10 @@ class RowStream(Generic[Item]):
         video_frames: int = 16,
         workers: Workers | None = None,
         one_pass: bool = False,
+        compared: bool = False,
     ):
         self.rows, self.columns = rows, columns
-        self.loader = RowLoader(rows, prepare, columns, video_frames)
+        self.loader = RowLoader(rows, prepare, columns, video_frames, compared)
         self.ahead = Ahead(workers, self.loader) if workers else None
         self.one_pass = one_pass  # the next call after the last row begins anew: prepare nothing beyond it
         self.seed, self.shuffle, self.max_bad_rows = seed, shuffle, max_bad_rows
@@ -69,7 +72,7 @@ class RowStream(Generic[Item]):
 
     def check_rows(self) -> None:
         """Find at once all rows that lack something, without decoding pictures; larger sources are checked as read."""
-        bad = []
+        bad, golds = [], {}
         for index in range(min(len(self.rows), self.rows.checked_at_start)):
             try:
                 row = rename_columns(self.rows.row(index), self.columns)
@@ -80,7 +83,9 @@ class RowStream(Generic[Item]):
                     check_video(video, self.rows.folder)
             except (BadRow, *IMAGE_ERRORS) as error:
                 bad.append((index, reason_of(error)))
-        self._quarantine(bad)
+            else:
+                golds[index] = gold_row(row)
+        self._quarantine(bad + (bad_golds(golds) if self.loader.compared else []))
 
     def next_items(self, count: int) -> list[Item]:
         """This process's share of the next `count` good rows."""
@@ -127,18 +132,34 @@ class RowStream(Generic[Item]):
         return self._order[1]
 
     def _quarantine(self, bad: list[tuple[int, str]]) -> None:
-        """Set rows aside; stop when there are more than `data.max_bad_rows`."""
+        """Set rows aside; stop when there are more than `data.max_bad_rows`, or too many bad right answers."""
         bad = [(i, why) for i, why in dict(bad).items() if i not in self.bad_rows]
         self.bad_rows.update(bad)
         if self.quarantine_file and self.shard.rank == 0 and bad:
             self._record(self.quarantine_file, bad)
-        if len(self.bad_rows) > self.max_bad_rows:
-            shown = [f"  row {i + 1} (id {self._id(i)}): {why}" for i, why in sorted(self.bad_rows.items())]
-            more = [f"  and {len(shown) - MISTAKES_SHOWN} more"] if len(shown) > MISTAKES_SHOWN else []
+        if limit := self._limit_passed(self.bad_rows):
             raise BadInput(
-                f"{self.rows.name}: {len(shown)} rows cannot be used, and data.max_bad_rows = {self.max_bad_rows}; "
-                "mend or remove them, or raise the limit:\n" + "\n".join(shown[:MISTAKES_SHOWN] + more)
+                f"{self.rows.name}: {len(self.bad_rows)} rows cannot be used, and {limit}:\n"
+                + self._listed(self.bad_rows)
             )
+        golds = {i: why for i, why in bad if is_gold_reason(why)}
+        if golds and self.shard.rank == 0:
+            print(f"warning: {self.rows.name}: {len(golds)} rows left out:\n{self._listed(golds)}", file=sys.stderr)
+
+    def _limit_passed(self, bad_rows: dict[int, str]) -> str | None:
+        """Which limit these rows pass, in words; right answers have one of their own."""
+        golds = sum(map(is_gold_reason, bad_rows.values()))
+        if len(bad_rows) - golds > self.max_bad_rows:
+            return f"data.max_bad_rows = {self.max_bad_rows}; mend or remove them, or raise the limit"
+        if golds > MOST_BAD_GOLDS * len(self.rows):
+            most = f"at most {MOST_BAD_GOLDS:.0%} of {len(self.rows)}"
+            return f"{most} may lack a right answer to compare with; mend or remove them"
+        return None
+
+    def _listed(self, rows: dict[int, str]) -> str:
+        shown = [f"  row {i + 1} (id {self._id(i)}): {why}" for i, why in sorted(rows.items())]
+        more = [f"  and {len(shown) - MISTAKES_SHOWN} more"] if len(shown) > MISTAKES_SHOWN else []
+        return "\n".join(shown[:MISTAKES_SHOWN] + more)
 
     def _known_bad_rows(self) -> dict[int, str]:
         """What an earlier part of this run has set aside: a resumed run leaves out the same rows."""
@@ -148,7 +169,7 @@ class RowStream(Generic[Item]):
             found = [(r["row"] - 1, r["reason"]) for r in records if r["source"] == self.rows.name]
         known = dict(self.shard.gather(found))
         # More than may be bad stopped the run; whoever starts it again may have mended them.
-        return known if len(known) <= self.max_bad_rows else {}
+        return {} if self._limit_passed(known) else known
 
     def _record(self, file: Path, bad: list[tuple[int, str]]) -> None:
         """Add rows to the quarantine file, except those that an earlier part of the same run has put there."""
