@@ -120,7 +120,7 @@ def test_the_gated_product_with_real_rewards():
         judge = Judge(JudgeSettings(server.url, "m"))
         names = ("think_quality", "judging", "accuracy", "format")
         keys = {"format": {"contract": "judge"}}
-        rewards = [load_reward(name, name, 1.0, keys.get(name, {}), judge) for name in names]
+        rewards = [load_reward(name, name, 1.0, keys.get(name, {}), judge=judge) for name in names]
         think = f"<judge>It must be added.</judge>{THINK}"
         completions = [think, DIRECT, think.replace("{8}", "{9}"), THINK]
         columns = {"question": ["Q"] * 4, "answer": ["8"] * 4, "completions": completions, "images": [[]] * 4}
