@@ -28,6 +28,10 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("--to", choices=("released", "native"), help="the layout to write; the other one if left out")
     convert.add_argument("--dry-run", action="store_true", help="check and tell, but write nothing")
     convert.set_defaults(run_command=convert_checkpoint)
+    serve = commands.add_parser("serve-rollouts", help="a vLLM server for trainers with rollout.engine = vllm_server")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 lets other machines in")
+    serve.set_defaults(run_command=serve_rollouts)
     return parser
 
 
@@ -47,6 +51,19 @@ def convert_checkpoint(arguments: argparse.Namespace) -> None:
 
     plan = convert(arguments.source, arguments.target.resolve(), arguments.to, arguments.dry_run)
     print(("would write " if arguments.dry_run else "wrote ") + result_line(plan, arguments.target))
+
+
+def serve_rollouts(arguments: argparse.Namespace) -> None:
+    """Serve until interrupted. The model comes from the trainer, so nothing is named here but where to listen."""
+    print("loading", flush=True)
+    from rollouts.vllm_serving import serve_for_anyone
+
+    try:
+        serve_for_anyone(arguments.host, arguments.port)
+    except OSError as error:
+        raise BadInput(f"--host {arguments.host} --port {arguments.port}: {error.strerror}") from error
+    except KeyboardInterrupt:
+        print("\nended", flush=True)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ FREE_KEYS = (
     "trainer.profile",
     "data.max_bad_rows",
     "data.workers",
+    "rollout.server",
 )
 
 
