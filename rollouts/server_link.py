@@ -26,8 +26,15 @@ class ServerFault(Exception):
     """A server is gone, late or wrong. Trying again may help."""
 
 
-class Refused(Exception):
+class Refused(ServerFault):
     """A server says that the request itself is wrong. Trying again does not help."""
+
+
+class Lacking(ServerFault):
+    """A server that is well lacks the model, or the newest weights."""
+
+
+KINDS = {400: Refused, 409: Lacking}
 
 
 class Link:
@@ -61,10 +68,8 @@ class Link:
         except (OSError, HTTPException, ValueError) as mistake:
             late = f"no answer within {limit:g} s" if isinstance(mistake, TimeoutError) else repr(mistake)
             raise ServerFault(f"{self.url}{path}: {late}{self.last_words()}") from mistake
-        if status == 400:
-            raise Refused(f"{self.url}{path}: {answer['error']}")
         if status != 200:
-            raise ServerFault(f"{self.url}{path}: {answer['error']}")
+            raise KINDS.get(status, ServerFault)(f"{self.url}{path}: {answer['error']}")
         return answer
 
     def _connect(self, deadline: float, patient: bool) -> HTTPConnection:
@@ -93,8 +98,7 @@ class OwnLink(Link):
         self.log = folder / f"server_{number}.log"
 
     def start(self) -> None:
-        """A new process, in the place of the last one; it listens at once, and has no engine yet."""
-        self.end()
+        """A new process, which listens at once, and has no engine yet."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with socket.create_server(("127.0.0.1", 0), backlog=128) as listening, self.log.open("ab") as log:
             number = str(listening.fileno())

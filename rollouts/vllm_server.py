@@ -1,28 +1,28 @@
 """vLLM in processes of its own: servers that the trainer starts, or that run already, on this machine or others.
 
-A push writes the weights to files once, and every server is sent those; a server that has died or lost its weights gets
-them again from the files. Whatever goes wrong is tried again a few times: the server is started anew (or waited for),
-given the weights, and asked anew for the groups that it owes. A group comes whole, from one request, or not at all.
+New weights are written to files once, and every server is sent those; a server that has died or lost its weights gets
+them again. Whatever goes wrong is tried again a few times: the server is started anew (or waited for),
+given the weights, and the missing groups are asked for anew. A group comes whole, from one request, or not at all.
 
 Several trainer processes call every function together; the first of them starts servers and pushes weights.
 """
 
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Thread
+from time import sleep
 from typing import Any
 from uuid import uuid4
 
 import torch
 
 from rollouts import Prompt, Rollout, Sampling, wire
-from rollouts.server_link import Link, OwnLink, Refused, ServerFault
+from rollouts.server_link import Lacking, Link, OwnLink, Refused, ServerFault
 from rollouts.vllm_colocate import Received, digest_of_pixels
 
 
@@ -52,9 +52,8 @@ class Fault:
     """What went wrong with which server."""
 
     server: int
+    kind: type[Exception]
     text: str
-    hopeless: bool = False
-    """Trying again does not help."""
 
 
 @dataclass
@@ -91,25 +90,28 @@ class ServerEngine:
         self.started: set[int] = set()  # servers that have the engine
         self.pushed: dict[int, str] = {}  # the weights that a server has
         self.shards: list[Path] = []
+        self.pushes = 0
         self.weight_version: int | None = None
-        self.trainer = crew.gather([uuid4().hex])[0]  # another trainer's weights of this version are not ours
+        self.trainer = crew.gather([uuid4().hex])[0]  # other trainers may push to the same servers
         self._until_done(list)
 
     @property
     def weights(self) -> str:
         """What the newest weights are called among servers."""
-        return f"{self.trainer}-{self.weight_version}"
+        return f"{self.trainer}-{self.pushes}"
 
     def load_weights(self, parameters: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Write all weights to files, and send these to every server."""
+        """Write all weights to files, which servers are sent before they write again.
+
+        So whatever is wrong with a server ends a run between two steps, where it can go on from.
+        """
         self.weight_version = None
         if self.crew.rank == 0:
             self.shards = wire.write_shards(self.folder / "weights", parameters)
         else:
             for _ in parameters:  # weights that are in parts become whole on all processes or on none
                 pass
-        self.weight_version = version
-        self._until_done(list)
+        self.weight_version, self.pushes = version, self.pushes + 1
 
     def generate(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> list[Rollout]:
         """`group_size` completions of every prompt, groups together, in the order of the prompts."""
@@ -119,12 +121,13 @@ class ServerEngine:
         """Let servers write, and return at once; nothing else may be asked of the engine until `finish`."""
         if self.weight_version is None:
             raise RuntimeError("the engine lacks weights: a push did not end, or none has come")
+        self._until_done(list)
         pending = Pending(prompts, group_size, sampling)
         self._ask(pending)
         return pending
 
     def finish(self, pending: Pending) -> list[Rollout]:
-        """Wait for the completions; what a server owes after a fault is asked for again."""
+        """Wait for the completions; what is missing after a fault is asked for again."""
         self._until_done(lambda: self._faults(pending))
         return [rollout for place in range(len(pending.prompts)) for rollout in pending.groups[place]]
 
@@ -133,7 +136,7 @@ class ServerEngine:
         try:
             link = self.links[self._mine()[0]]
             return Received(**link.call("/receive", self.limits.request, wire.pack_prompts([prompt])))
-        except (ServerFault, Refused) as fault:
+        except ServerFault as fault:
             raise self.give_up(f"rollout server {fault}") from fault
 
     def digest(self, parts: Sequence[torch.Tensor]) -> str | None:
@@ -165,11 +168,11 @@ class ServerEngine:
             if not faults:
                 return
             self._forget(faults)
-            if tries == self.limits.restarts or any(fault.hopeless for fault in faults):
+            if tries == self.limits.restarts or any(fault.kind is Refused for fault in faults):
                 break
             if self.crew.rank == 0:
                 self._announce(faults, tries)
-            time.sleep(2**tries)
+                sleep(2**tries)
         raise self.give_up("\n  ".join(dict.fromkeys(f"rollout server {fault.text}" for fault in faults)))
 
     def _make_ready(self) -> list[Fault]:
@@ -178,7 +181,7 @@ class ServerEngine:
         for number, link in enumerate(self.links):
             try:
                 if number not in self.started:
-                    if isinstance(link, OwnLink):
+                    if isinstance(link, OwnLink) and link.process is None:
                         link.start()
                     link.call("/start", self.limits.start, self.setup, patient=True)
                     self.started.add(number)
@@ -187,8 +190,8 @@ class ServerEngine:
                     message = {"version": self.weight_version, "weights": self.weights}
                     link.call("/push", self.limits.push, wire.pack(message), self.shards)
                     self.pushed[number] = self.weights
-            except (ServerFault, Refused) as fault:
-                faults.append(Fault(number, str(fault), hopeless=isinstance(fault, Refused)))
+            except ServerFault as fault:
+                faults.append(Fault(number, type(fault), str(fault)))
         return faults
 
     def _share_addresses(self) -> None:
@@ -198,19 +201,21 @@ class ServerEngine:
             link.url = url
 
     def _forget(self, faults: Sequence[Fault]) -> None:
-        """Take nothing for granted of servers at fault."""
+        """Take nothing for granted of servers at fault; end ours, unless they only lack something."""
         for fault in faults:
+            link = self.links[fault.server]
+            if isinstance(link, OwnLink) and fault.kind not in (Lacking, Refused):
+                link.end()
             self.started.discard(fault.server)
             self.pushed.pop(fault.server, None)
 
     def _announce(self, faults: Sequence[Fault], tries: int) -> None:
-        number = f"{tries + 1} of {self.limits.restarts}"
         for fault in faults:
-            cure = "it is started anew" if isinstance(self.links[fault.server], OwnLink) else "it is waited for"
-            print(f"warning: rollout server {fault.text}", file=sys.stderr)
+            own = isinstance(self.links[fault.server], OwnLink) and fault.kind is not Lacking
+            cure = "the server is started anew, it gets" if own else "the server gets, once it is there,"
             print(
-                f"warning: {cure} (restart {number}), gets the weights again, and groups that it owes are asked of it "
-                "again as a whole",
+                f"warning: rollout server {fault.text}\nwarning: try {tries + 1} of {self.limits.restarts}: {cure} the "
+                "weights again, and groups that are missing are asked for anew, as a whole",
                 file=sys.stderr,
                 flush=True,
             )
@@ -237,9 +242,9 @@ class ServerEngine:
             answer = link.call("/generate", self.limits.request, question)
             groups = wire.groups_of(answer, prompts, pending.group_size, self._broken_in(pending.sampling))
         except wire.WrongAnswer as wrong:
-            return [Fault(number, f"{link.url}: {wrong}")]
-        except (ServerFault, Refused) as fault:
-            return [Fault(number, str(fault), hopeless=isinstance(fault, Refused))]
+            return [Fault(number, type(wrong), f"{link.url}: {wrong}")]
+        except ServerFault as fault:
+            return [Fault(number, type(fault), str(fault))]
         pending.groups.update(zip(places, groups, strict=True))
         return []
 

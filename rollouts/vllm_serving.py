@@ -25,7 +25,7 @@ from typing import Any
 
 from safetensors.torch import load
 
-from rollouts import Sampling, wire
+from rollouts import Prompt, Sampling, wire
 from rollouts.vllm_colocate import VLLMEngine
 
 PR_SET_PDEATHSIG = 1
@@ -72,8 +72,7 @@ class Host:
             raise ValueError(f"there is no {job.path}")
         if self.weights != message["weights"]:
             raise NotReady(f"the server has the weights {self.weights}, not {message['weights']}")
-        rollouts = self.engine.generate(prompts, message["group_size"], Sampling(**message["sampling"]))
-        return {"groups": wire.groups_told(prompts, rollouts, message["group_size"])}
+        return self.generate(self.engine, prompts, message["group_size"], Sampling(**message["sampling"]))
 
     def start(self, content: bytes) -> dict[str, Any]:
         """Make the engine, unless it is there already."""
@@ -84,9 +83,24 @@ class Host:
             setup = wire.unpack_setup(content)
             wire.write_files(self.folder, setup.files)
             print("starting vLLM", flush=True)
-            self.engine, self.setup = make_engine(self.folder, setup), digest
+            try:
+                self.engine, self.setup = make_engine(self.folder, setup), digest
+            except ValueError as mistake:  # such as too little memory: not the request's fault, and it may pass
+                raise RuntimeError(str(mistake)) from mistake
             print("vLLM has started", flush=True)
         return {}
+
+    def generate(
+        self, engine: VLLMEngine, prompts: list[Prompt], group_size: int, sampling: Sampling
+    ) -> dict[str, Any]:
+        """Completions; a prompt that is too long is the request's fault."""
+        from vllm.exceptions import VLLMValidationError
+
+        try:
+            rollouts = engine.generate(prompts, group_size, sampling)
+        except VLLMValidationError as mistake:
+            raise ValueError(str(mistake)) from mistake
+        return {"groups": wire.groups_told(prompts, rollouts, group_size)}
 
     def push(self, engine: VLLMEngine, message: dict[str, Any], more: Iterator[bytes]) -> dict[str, Any]:
         """Take weights; none are left if they do not all come."""
