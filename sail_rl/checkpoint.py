@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,6 +33,8 @@ class Progress:
     completions_scored: int = 0
     reward_failures: dict[str, int] = field(default_factory=dict)
     """Completions that each reward failed on."""
+    written_ahead: list[dict[str, Any]] = field(default_factory=list)
+    """Completions of the next step, of all processes, where they are written ahead of it."""
 
     def after(self, **changes) -> "Progress":
         """The same with some numbers changed."""

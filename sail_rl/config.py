@@ -60,6 +60,15 @@ class RolloutSection(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     batch_size: Annotated[int, Field(ge=1)] = 256
     """Most completions that an engine writes at once."""
+    overlap: Literal[0, 1] = 0
+    """1: a server writes the completions of the next step while this one trains. A step then trains on completions of
+    the weights before the newest, which importance sampling corrects. Needs `vllm_server`."""
+
+    @model_validator(mode="after")
+    def overlap_needs_a_server(self):
+        if self.overlap and self.engine != "vllm_server":
+            raise ValueError(f"`overlap` = 1 needs `engine` = vllm_server: {self.engine} cannot write during an update")
+        return self
 
 
 class RewardEntry(BaseModel):
@@ -188,6 +197,15 @@ class GrpoRecipe(CommonRecipe):
     rollout: RolloutSection = RolloutSection()
     rewards: Annotated[list[RewardEntry], Field(min_length=1)]
     grpo: GrpoSection = GrpoSection()
+
+    @model_validator(mode="after")
+    def overlap_is_corrected(self):
+        if self.rollout.overlap and self.grpo.vllm_importance_sampling_correction is False:
+            raise ValueError(
+                "rollout.overlap = 1 trains on completions of older weights: leave out "
+                "grpo.vllm_importance_sampling_correction = false"
+            )
+        return self
 
     @model_validator(mode="after")
     def distinct_rewards(self):
