@@ -176,23 +176,29 @@ class ServerEngine:
         raise self.give_up("\n  ".join(dict.fromkeys(f"rollout server {fault.text}" for fault in faults)))
 
     def _make_ready(self) -> list[Fault]:
-        """Give every server what it lacks: a process, the engine, the newest weights."""
-        faults = []
-        for number, link in enumerate(self.links):
-            try:
-                if number not in self.started:
-                    if isinstance(link, OwnLink) and link.process is None:
-                        link.start()
-                    link.call("/start", self.limits.start, self.setup, patient=True)
-                    self.started.add(number)
-                if self.weight_version is not None and self.pushed.get(number) != self.weights:
-                    self.pushed.pop(number, None)
-                    message = {"version": self.weight_version, "weights": self.weights}
-                    link.call("/push", self.limits.push, wire.pack(message), self.shards)
-                    self.pushed[number] = self.weights
-            except ServerFault as fault:
-                faults.append(Fault(number, type(fault), str(fault)))
-        return faults
+        """Give every server what it lacks, all of them at once."""
+        for link in self.links:
+            # In this thread, since the kernel ends a server with the thread that started it.
+            if isinstance(link, OwnLink) and link.process is None:
+                link.start()
+        prepared = [in_thread(self._prepare, number) for number in range(len(self.links))]
+        return [fault for future in prepared for fault in future.result()]
+
+    def _prepare(self, number: int) -> list[Fault]:
+        """Give one server the engine and the newest weights, if it lacks them."""
+        link = self.links[number]
+        try:
+            if number not in self.started:
+                link.call("/start", self.limits.start, self.setup, patient=True)
+                self.started.add(number)
+            if self.weight_version is not None and self.pushed.get(number) != self.weights:
+                self.pushed.pop(number, None)
+                message = {"version": self.weight_version, "weights": self.weights}
+                link.call("/push", self.limits.push, wire.pack(message), self.shards)
+                self.pushed[number] = self.weights
+        except ServerFault as fault:
+            return [Fault(number, type(fault), str(fault))]
+        return []
 
     def _share_addresses(self) -> None:
         """A server that was started anew has another one."""

@@ -105,7 +105,7 @@ class Host:
     def push(self, engine: VLLMEngine, message: dict[str, Any], more: Iterator[bytes]) -> dict[str, Any]:
         """Take weights; none are left if they do not all come."""
         self.weights = None
-        engine.load_weights((pair for content in more for pair in load(content).items()), message["version"])
+        engine.load_weights((pair for content in more for pair in sorted(load(content).items())), message["version"])
         self.weights = message["weights"]
         return {}
 

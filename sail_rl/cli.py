@@ -57,7 +57,9 @@ def serve_rollouts(arguments: argparse.Namespace) -> None:
     """Serve until interrupted. The model comes from the trainer, so nothing is named here but where to listen."""
     print("loading", flush=True)
     from rollouts.vllm_serving import serve_for_anyone
+    from sail_rl.engines import check_vllm
 
+    check_vllm("sail-rl serve-rollouts")
     try:
         serve_for_anyone(arguments.host, arguments.port)
     except OSError as error:

@@ -20,12 +20,17 @@ def make_engine(run: Run, whole: Whole, processor, suppressed: list[int]) -> Rol
     rollout = run.recipe.rollout
     if rollout.engine == "hf":
         return HFEngine(whole.model, processor.tokenizer, suppressed, rollout.batch_size, whole.weights)
-    own = rollout.engine == "vllm_colocate" or not rollout.server.urls
-    if own and importlib.util.find_spec("vllm") is None:
-        raise BadInput(f"rollout.engine = {rollout.engine}: vllm is not installed; {INSTALL_VLLM}")
+    if rollout.engine == "vllm_colocate" or not rollout.server.urls:
+        check_vllm(f"rollout.engine = {rollout.engine}")
     if rollout.engine == "vllm_server":
         return make_server_engine(run, whole.model, processor, suppressed)
     return make_vllm_engine(run, whole.model, processor, suppressed)
+
+
+def check_vllm(wanted: str) -> None:
+    """What needs vLLM on this machine is refused without it."""
+    if importlib.util.find_spec("vllm") is None:
+        raise BadInput(f"{wanted}: vllm is not installed; {INSTALL_VLLM}")
 
 
 def make_vllm_engine(run: Run, model, processor, suppressed: list[int]) -> RolloutEngine:

@@ -41,6 +41,14 @@ def test_servers_die_with_a_trainer_that_is_killed(stopped, tmp_path):
     wait_until(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, 100)
 
 
+def test_a_port_that_is_taken():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = command("-m", "sail_rl.cli", "serve-rollouts", "--port", port)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: --host 127.0.0.1 --port {port}: Address already in use")
+
+
 def wait_until(done, seconds):
     end = time.monotonic() + seconds
     while not done():
