@@ -69,7 +69,8 @@ class Link:
             late = f"no answer within {limit:g} s" if isinstance(mistake, TimeoutError) else repr(mistake)
             raise ServerFault(f"{self.url}{path}: {late}{self.last_words()}") from mistake
         if status != 200:
-            raise KINDS.get(status, ServerFault)(f"{self.url}{path}: {answer['error']}")
+            told = answer.get("error") if isinstance(answer, dict) else answer
+            raise KINDS.get(status, ServerFault)(f"{self.url}{path}: {told} (status {status})")
         return answer
 
     def _connect(self, deadline: float, patient: bool) -> HTTPConnection:
@@ -158,6 +159,6 @@ def receive(connection: HTTPConnection, deadline: float) -> tuple[int, Any]:
     while piece := response.read1(PIECE):
         pieces.append(piece)
         link.settimeout(left(deadline))
-    if len(content := b"".join(pieces)) != int(response.headers["Content-Length"]):
+    if len(content := b"".join(pieces)) != int(response.headers.get("Content-Length", -1)):
         raise ConnectionError("the answer is cut short")
     return response.status, json.loads(content)

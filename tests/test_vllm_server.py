@@ -181,6 +181,7 @@ SPOILT = {
     "a stale version": (lambda groups: groups[0]["rollouts"][0].update(weight_version=-1), "weights of version -1"),
     "another form": (lambda groups: groups[0].pop("rollouts"), "another form"),
     "an error": (lambda status, content: (500, b'{"error": "out of memory"}'), "out of memory"),
+    "another server": (lambda status, content: (404, b'["no such page"]'), "no such page"),
     "no JSON": (lambda status, content: (200, b"<html>"), "JSONDecodeError"),
     "cut short": (lambda status, content: (200, content[:-9], len(content)), "cut short"),
     "hung up": (lambda status, content: None, "RemoteDisconnected"),
@@ -254,7 +255,7 @@ def test_nobody_listens(world, naps):
 
 def test_killed_while_it_writes(world, model, capsys):
     """A new process, the same weights, and the completions that the old one would have written."""
-    sampling = Sampling(150, seed=1)
+    sampling = Sampling(100, seed=1)
     expected = world.engine.generate(world.prompts, 8, sampling)
     killed = world.engine.links[0].process
     pending = world.engine.begin(world.prompts, 8, sampling)
