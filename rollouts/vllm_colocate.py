@@ -122,9 +122,18 @@ class VLLMEngine:
             raise RuntimeError("the engine lacks weights: a push did not end, or none has come since it slept")
         count = group_size if sampling.temperature else 1  # vLLM writes one likeliest completion only
         requests = [request(prompt, self.picture) for prompt in prompts]
-        outputs = self.llm.generate(requests, [self._params(p, count, sampling) for p in prompts], use_tqdm=False)
+        outputs = self._write(requests, [self._params(p, count, sampling) for p in prompts])
         groups = [[self._rollout(written) for written in output.outputs] for output in outputs]
         return [rollout for group in groups for rollout in group * (group_size // count)]
+
+    def _write(self, requests: list[Any], params: list[Any]) -> list[Any]:
+        """vLLM's outputs. What an error leaves of the requests is taken out: every later call would go on with it."""
+        try:
+            return self.llm.generate(requests, params, use_tqdm=False)
+        except BaseException:
+            engine = self.llm.llm_engine
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
 
     def _params(self, prompt: Prompt, count: int, sampling: Sampling) -> Any:
         from vllm import SamplingParams
@@ -172,16 +181,15 @@ class VLLMEngine:
 
         self.llm.apply_model(watch)
         params = self._params(prompt, 1, Sampling(max_completion_length=1, temperature=0))
-        (output,) = self.llm.generate([request(prompt, self.picture)], params, use_tqdm=False)
-        self.llm.apply_model(lambda model: delattr(model, "embed_multimodal"))
+        try:
+            (output,) = self._write([request(prompt, self.picture)], [params])
+        finally:
+            self.llm.apply_model(lambda model: delattr(model, "embed_multimodal"))
         return Received(list(output.prompt_token_ids), self.digest(read))
 
     def digest(self, parts: Sequence[torch.Tensor]) -> str | None:
         """Of pixels in the engine's precision; None of no pictures."""
-        if not parts:
-            return None
-        pixels = torch.cat([part.flatten(0, -2) for part in parts]).to("cpu", self.dtype).contiguous()
-        return hashlib.sha256(pixels.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+        return digest_of_pixels(parts, self.dtype)
 
     def sleep(self) -> None:
         """Give the GPU's memory back until `wake`; weights must be pushed after that."""
@@ -269,6 +277,14 @@ def prompt_seed(seed: int, position: int) -> int:
     """The seed of the first member of a prompt's group: it depends on nothing else, such as what shares a batch."""
     high, low = np.random.SeedSequence((seed, position)).generate_state(2)
     return (int(high) << 32 | int(low)) % SEEDS
+
+
+def digest_of_pixels(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> str | None:
+    """A few characters that differ where pixels of this precision do; None of no pictures."""
+    if not parts:
+        return None
+    pixels = torch.cat([part.flatten(0, -2) for part in parts]).to("cpu", dtype).contiguous()
+    return hashlib.sha256(pixels.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 def until_mistake(stream: Iterable[Any], mistakes: list[Exception]) -> Iterator[Any]:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +35,8 @@ class Progress:
     """Completions that each reward failed on."""
     judge_failing: int = 0
     """Steps in a row in which too many of the judge's verdicts were missing."""
+    written_ahead: list[dict[str, Any]] = field(default_factory=list)
+    """Completions of the next step, of all processes, where they are written ahead of it."""
 
     def after(self, **changes) -> "Progress":
         """The same with some numbers changed."""

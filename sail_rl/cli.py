@@ -34,6 +34,10 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.add_argument("overrides", nargs="*", metavar="key.sub=value", help="recipe keys to change")
     doctor.set_defaults(run_command=examine_recipe)
     add_rewards(commands.add_parser("rewards", help="try a reward function, or look at what a run's rewards judged"))
+    serve = commands.add_parser("serve-rollouts", help="a vLLM server for trainers with rollout.engine = vllm_server")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 lets other machines in")
+    serve.set_defaults(run_command=serve_rollouts)
     return parser
 
 
@@ -96,6 +100,21 @@ def convert_checkpoint(arguments: argparse.Namespace) -> None:
 
     plan = convert(arguments.source, arguments.target.resolve(), arguments.to, arguments.dry_run)
     print(("would write " if arguments.dry_run else "wrote ") + result_line(plan, arguments.target))
+
+
+def serve_rollouts(arguments: argparse.Namespace) -> None:
+    """Serve until interrupted. The model comes from the trainer, so nothing is named here but where to listen."""
+    print("loading", flush=True)
+    from rollouts.vllm_serving import serve_for_anyone
+    from sail_rl.engines import check_vllm
+
+    check_vllm("sail-rl serve-rollouts")
+    try:
+        serve_for_anyone(arguments.host, arguments.port)
+    except OSError as error:
+        raise BadInput(f"--host {arguments.host} --port {arguments.port}: {error.strerror}") from error
+    except KeyboardInterrupt:
+        print("\nended", flush=True)
 
 
 if __name__ == "__main__":

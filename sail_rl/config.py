@@ -14,7 +14,7 @@ from sail_rl.config_rewards import JudgeSection, RewardMixSection
 
 
 class VLLMSection(Section):
-    """The `vllm_colocate` engine. vLLM's names where vLLM has the key."""
+    """vLLM, in the trainer's process or in servers. vLLM's names where vLLM has the key."""
 
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Share of the GPU for the engine's weights and cache, which it gives back while the model is trained."""
@@ -27,12 +27,31 @@ class VLLMSection(Section):
     """On a GPU: do without CUDA graphs, for a faster start and slower generation. Without a GPU there are none."""
 
 
+class ServerSection(Section):
+    """The `vllm_server` engine. Every wait has a limit, in seconds."""
+
+    urls: list[Annotated[str, Field(pattern=r"^http://[^/:]+:\d+/?$")]] = Field(default=[])
+    """Servers that run already, each started with `sail-rl serve-rollouts --port 8000`, such as http://node7:8000.
+    Prompts are shared out among them. When left out, the trainer starts one on its own machine, which ends with it."""
+    start_limit: Annotated[float, Field(gt=0)] = 900
+    """For a server to be there and have its engine."""
+    push_limit: Annotated[float, Field(gt=0)] = 600
+    """For new weights to reach a server."""
+    request_limit: Annotated[float, Field(gt=0)] = 1800
+    """For the completions of a step to come."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """How many times in a row a server that is dead, late or wrong is started anew (one of `urls`: waited for), after
+    1, 2, 4, ... seconds. Then the run stops with a checkpoint."""
+
+
 class RolloutSection(Section):
     """Who writes the completions, and how they are sampled. TRL's names where TRL has the key."""
 
-    engine: Literal["hf", "vllm_colocate"] = "hf"
-    """`hf`: the trainer's own model; `vllm_colocate`: vLLM in the trainer's process, with weights of its own."""
+    engine: Literal["hf", "vllm_colocate", "vllm_server"] = "hf"
+    """`hf`: the trainer's own model; `vllm_colocate`: vLLM in the trainer's process, with weights of its own;
+    `vllm_server`: the same in other processes, on this machine or others."""
     vllm: VLLMSection = VLLMSection()
+    server: ServerSection = ServerSection()
     parity_limit: Annotated[float, Field(gt=0)] | None = None
     """Before the first step an engine with weights of its own answers questions of data.train, and the run stops when
     its log-probabilities and the trainer's are further apart than this, as a mean over tokens. When left out, 0.001 in
@@ -65,6 +84,15 @@ class RolloutSection(Section):
     """Of the sampling; the recipe's `seed` when left out."""
     batch_size: Annotated[int, Field(ge=1)] = 256
     """Most completions that an engine writes at once."""
+    overlap: Literal[0, 1] = 0
+    """1: a server writes the completions of the next step while this one trains. A step then trains on completions of
+    the weights before the newest, which importance sampling corrects. Needs `vllm_server`."""
+
+    @model_validator(mode="after")
+    def overlap_needs_a_server(self):
+        if self.overlap and self.engine != "vllm_server":
+            raise ValueError(f"`overlap` = 1 needs `engine` = vllm_server: {self.engine} cannot write during an update")
+        return self
 
 
 class RewardEntry(BaseModel):
@@ -202,6 +230,15 @@ class GrpoRecipe(CommonRecipe):
     """Processes beside each that trains, which do symbolic algebra for the `accuracy` reward; started when an answer
     first needs it. When left out: half of the cores, at most 4."""
     grpo: GrpoSection = GrpoSection()
+
+    @model_validator(mode="after")
+    def overlap_is_corrected(self):
+        if self.rollout.overlap and self.grpo.vllm_importance_sampling_correction is False:
+            raise ValueError(
+                "rollout.overlap = 1 trains on completions of older weights: leave out "
+                "grpo.vllm_importance_sampling_correction = false"
+            )
+        return self
 
     @model_validator(mode="after")
     def distinct_rewards(self):

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import os
 from pathlib import Path
 
 from rollouts import RolloutEngine
@@ -19,22 +20,72 @@ def make_engine(run: Run, whole: Whole, processor, suppressed: list[int]) -> Rol
     rollout = run.recipe.rollout
     if rollout.engine == "hf":
         return HFEngine(whole.model, processor.tokenizer, suppressed, rollout.batch_size, whole.weights)
+    if rollout.engine == "vllm_colocate" or not rollout.server.urls:
+        check_vllm(f"rollout.engine = {rollout.engine}")
+    if rollout.engine == "vllm_server":
+        return make_server_engine(run, whole.model, processor, suppressed)
     return make_vllm_engine(run, whole.model, processor, suppressed)
+
+
+def check_vllm(wanted: str) -> None:
+    """What needs vLLM on this machine is refused without it."""
+    if importlib.util.find_spec("vllm") is None:
+        raise BadInput(f"{wanted}: vllm is not installed; {INSTALL_VLLM}")
 
 
 def make_vllm_engine(run: Run, model, processor, suppressed: list[int]) -> RolloutEngine:
     """vLLM in this process, started from a folder of the run's own."""
-    if importlib.util.find_spec("vllm") is None:
-        raise BadInput(f"rollout.engine = vllm_colocate: vllm is not installed; {INSTALL_VLLM}")
     if run.shard.world_size > 1:
-        raise BadInput("rollout.engine = vllm_colocate: only one process can have an engine yet; use rollout.engine=hf")
-    from rollouts.vllm_colocate import EngineSettings, VLLMEngine
+        raise BadInput(
+            "rollout.engine = vllm_colocate: only one process can have it yet; use rollout.engine=vllm_server"
+        )
+    from rollouts.vllm_colocate import VLLMEngine
+
+    if run.is_main:
+        print("starting vLLM in this process", flush=True)
+    folder = write_engine_folder(run, model, processor)
+    tokens = picture_tokens(processor), end_tokens(model, processor)
+    settings = engine_settings(run, model)
+    return VLLMEngine(folder, processor.tokenizer, tokens[1], suppressed, weight_names(model), tokens[0], settings)
+
+
+def make_server_engine(run: Run, model, processor, suppressed: list[int]) -> RolloutEngine:
+    """vLLM in one or several servers; one is started if the recipe names none."""
+    from rollouts.vllm_server import Crew, Limits, ServerEngine
+    from rollouts.wire import Setup, files_of
+
+    server, shard = run.recipe.rollout.server, run.shard
+    if not server.urls and int(os.environ.get("LOCAL_WORLD_SIZE", shard.world_size)) < shard.world_size:
+        raise BadInput(
+            "rollout.server.urls: the trainer has processes on several machines; start servers and name them"
+        )
+    folder = run.folder / "server"
+    if run.is_main:
+        started = ", ".join(server.urls) or f"a process of this run (log: {folder / 'server_0.log'})"
+        print(f"starting vLLM in {started}", flush=True)
+    setup = Setup(
+        files=files_of(write_engine_folder(run, model, processor)),
+        end_token_ids=sorted(end_tokens(model, processor)),
+        suppressed_token_ids=list(suppressed),
+        weight_names=sorted(weight_names(model)),
+        picture=picture_tokens(processor),
+        settings=engine_settings(run, model),
+    )
+    limits = Limits(server.start_limit, server.push_limit, server.request_limit, server.restarts)
+    crew = Crew(shard.rank, shard.world_size, shard.gather)
+    vocabulary = model.config.get_text_config().vocab_size
+    return ServerEngine(setup, vocabulary, server.urls, folder, limits, crew, give_up=BadInput)
+
+
+def engine_settings(run: Run, model):
+    """What the recipe says about vLLM."""
+    from rollouts.vllm_colocate import EngineSettings
 
     rollout, vllm = run.recipe.rollout, run.recipe.rollout.vllm
     most = run.recipe.data.max_prompt_length + rollout.max_completion_length
     longest = vllm.max_model_len or min(most, model.config.get_text_config().max_position_embeddings)
     precision = run.recipe.trainer.mixed_precision
-    settings = EngineSettings(
+    return EngineSettings(
         dtype="bfloat16" if precision == "bf16" else run.recipe.model.dtype,
         max_model_len=longest,
         max_num_seqs=rollout.batch_size,
@@ -42,11 +93,6 @@ def make_vllm_engine(run: Run, model, processor, suppressed: list[int]) -> Rollo
         kv_cache_gib=vllm.kv_cache_gib,
         enforce_eager=vllm.enforce_eager,
     )
-    if run.is_main:
-        print("starting vLLM in this process", flush=True)
-    folder = write_engine_folder(run, model, processor)
-    tokens = picture_tokens(processor), end_tokens(model, processor)
-    return VLLMEngine(folder, processor.tokenizer, tokens[1], suppressed, weight_names(model), tokens[0], settings)
 
 
 def write_engine_folder(run: Run, model, processor) -> Path:

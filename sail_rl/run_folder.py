@@ -32,6 +32,7 @@ FREE_KEYS = (
     *(f"judge.{key}" for key in ("base_url", "api_key_env", "concurrency", "call_seconds", "batch_seconds")),
     *(f"judge.{key}" for key in ("tries", "breaker", "cache", "when_failing")),
     "reward_workers",
+    "rollout.server",
 )
 
 

@@ -25,6 +25,7 @@ def train(recipe: GrpoRecipe) -> None:
     from sail_rl.metrics import MetricsLog, Stopwatch
     from sail_rl.model.load import image_token_ids, load_model, prepare_for_training, starting_policy
     from sail_rl.optimizer import make_optimizer, set_learning_rate
+    from sail_rl.overlap import Writer
     from sail_rl.parity import check_parity
     from sail_rl.policy import Policy
     from sail_rl.profiling import Profile, written_groups
@@ -69,16 +70,16 @@ def train(recipe: GrpoRecipe) -> None:
     sampling = training_sampling(recipe)
     tell_filters(run)
     watch, form = Stopwatch(), None
+    writer = Writer(run, engine, stream, sampling, watch, profile)
+    writer.take_up(progress.written_ahead)
     try:
         with MetricsLog(run, ["reward", "rewards/accuracy/mean", "completion/length"], progress.step) as log:
             for step in range(progress.step + 1, trainer.max_steps + 1):
                 profile.begin(step)
                 seed_step(run, step)
-                with watch.phase("data"):
-                    questions = stream.next_items(rollout.prompts_per_step)
-
-                with watch.phase("rollout"), profile.untraced():
-                    rollouts = engine.generate([question.prompt for question in questions], group_size, sampling)
+                batch = writer.next()
+                questions, rollouts = batch.questions, batch.rollouts
+                with watch.phase("rollout"):
                     engine.sleep()
 
                 with watch.phase("reward"):
@@ -99,17 +100,18 @@ def train(recipe: GrpoRecipe) -> None:
                     learning_rate = set_learning_rate(optimizer, recipe.optim, step, trainer.max_steps)
                     figures = update_policy(run, model, reference, optimizer, batches, normaliser, suppressed)
 
+                progress = progress.after(
+                    step=step,
+                    data_position=batch.data_position,
+                    **failures,
+                )
                 with watch.phase("rollout"):
+                    writer.finish()
                     engine.wake()
                     engine.load_weights(checkpoint.full_parameters(policy), version=step)
                 seconds = watch.take()
+                progress = progress.after(seconds=progress.seconds + sum(seconds.values()))
                 utilisation = profile.end(step, seconds, groups, written_groups(questions, rollouts))
-                progress = progress.after(
-                    step=step,
-                    data_position=stream.position,
-                    seconds=progress.seconds + sum(seconds.values()),
-                    **failures,
-                )
                 figures |= scoring.reward_figures(outcomes)
                 figures |= scoring.group_figures(advantages, outcomes, seconds, keep_all)
                 figures |= accuracy_now(run, step, engine, eval_stream)
@@ -118,10 +120,10 @@ def train(recipe: GrpoRecipe) -> None:
                     save_transcript(run, step, questions, rollouts, scores, advantages)
                 log_verdicts(run, step, questions, rollouts, scores)
                 if step == trainer.max_steps or step % trainer.save_every == 0:
-                    checkpoint.save_checkpoint(run, whole, processor, optimizer, progress)
+                    checkpoint.save_checkpoint(run, whole, processor, optimizer, writer.recorded(progress))
     except BadInput:
         # A bad row or a failing reward in the middle of a run loses no work: every finished step is kept.
-        checkpoint.save_checkpoint(run, whole, processor, optimizer, progress)
+        checkpoint.save_checkpoint(run, whole, processor, optimizer, writer.recorded(progress))
         raise
     after = predictions_once(run, "after", engine, eval_stream)
     engine.close()

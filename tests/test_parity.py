@@ -70,8 +70,18 @@ def test_where_rows_of_tokens_part():
     assert "from token 2: [3], not []" in first_difference([1, 2, 3], [1, 2])
 
 
-def test_vllm_is_missing(monkeypatch):
+@pytest.mark.parametrize("engine", ["vllm_colocate", "vllm_server"])
+def test_vllm_is_missing(engine, monkeypatch):
     monkeypatch.setattr(sail_rl.engines.importlib.util, "find_spec", lambda name: None)
-    run = SimpleNamespace(recipe=SimpleNamespace(rollout=SimpleNamespace(engine="vllm_colocate")))
-    with pytest.raises(BadInput, match=r"rollout\.engine = vllm_colocate: vllm is not installed; install it with"):
+    rollout = SimpleNamespace(engine=engine, server=SimpleNamespace(urls=[]))
+    run = SimpleNamespace(recipe=SimpleNamespace(rollout=rollout))
+    with pytest.raises(BadInput, match=rf"rollout\.engine = {engine}: vllm is not installed; install it with"):
+        make_engine(run, Whole(None, nullcontext), None, [])
+
+
+def test_processes_on_several_machines_name_their_servers(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    rollout = SimpleNamespace(engine="vllm_server", server=SimpleNamespace(urls=[]))
+    run = SimpleNamespace(recipe=SimpleNamespace(rollout=rollout), shard=Shard(0, 4))
+    with pytest.raises(BadInput, match=r"rollout\.server\.urls: the trainer has processes on several machines"):
         make_engine(run, Whole(None, nullcontext), None, [])

@@ -253,6 +253,32 @@ def test_a_half_done_push(world, model):
     assert gap(world, model) < CLOSE
 
 
+@pytest.mark.timeout(100)
+def test_an_error_while_writing_leaves_nothing_behind(world, model, monkeypatch):
+    """vLLM would go on with what is left of the requests in every later call, for ever."""
+    (runner,) = world.engine.llm.collective_rpc(lambda worker: worker.model_runner)
+    own, calls = runner.execute_model, []
+
+    def out_of_memory(*arguments, **keywords):
+        calls.append(None)
+        if len(calls) == 4:  # some are read, some written
+            raise MemoryError("no room")
+        return own(*arguments, **keywords)
+
+    sampling = Sampling(LENGTH, seed=1)
+    expected = world.engine.generate(world.prompts, GROUP, sampling)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "execute_model", out_of_memory)
+        with pytest.raises(MemoryError, match="no room"):
+            world.engine.generate(world.prompts, GROUP, sampling)
+    long = replace(world.prompts[1], token_ids=world.prompts[1].token_ids + [70] * 1000)
+    with pytest.raises(Exception, match="maximum context length is 410"):
+        world.engine.generate([world.prompts[0], long], GROUP, sampling)
+    assert not world.engine.llm.llm_engine.has_unfinished_requests()
+    assert world.engine.generate(world.prompts, GROUP, sampling) == expected
+    assert world.engine.receive(world.prompts[1]).token_ids == world.prompts[1].token_ids
+
+
 def test_names_that_are_missing_or_unknown(world, model):
     skipped = "model.language_model.layers.1.mlp.experts.2.up_proj.weight"
     pushed = [(name, tensor) for name, tensor in full_parameters(model) if name != skipped]

@@ -1,0 +1,92 @@
+"""Wall time of a step with rollout.overlap 0 and 1, before a server as fast as it is and one that answers late.
+
+python benchmarks/overlap.py MODEL [--steps N] [--late SECONDS]     MODEL: such as runs/quickstart-sft/final
+
+One `sail-rl serve-rollouts` for all runs, each process with the same threads; a proxy in front of it adds the latency.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from benchmarks.common import THREADS, machine, markdown, results_file, save
+
+COLUMNS = {
+    "late": "answers late by, s",
+    "overlap": "overlap",
+    "step": "step, s",
+    "rollout": "waited for completions, s",
+    "update": "update and rewards, s",
+    "longer": "the longer phase, s",
+    "ratio": "step / longer phase",
+    "accuracy": "greedy accuracy after",
+}
+PHASES = ("data", "rollout", "reward", "update")
+UNCOUNTED = 2  # first steps: warm-up, and nothing is written ahead of the first
+
+
+def main() -> None:
+    """Run, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--late", type=float, default=2.0)
+    parser.add_argument("--output", type=Path, default=results_file("overlap", short=False))
+    arguments = parser.parse_args()
+    found = machine() | {"threads of each of two processes": THREADS}
+    server, front = free_port(), free_port()
+    serving = start("-m", "sail_rl.cli", "serve-rollouts", "--port", server)
+    rows = []
+    for late in (0.0, arguments.late):
+        proxy = start("tests/rollout_proxy.py", f"http://127.0.0.1:{server}", front, late)
+        rows += [measure(arguments, front, late, overlap) for overlap in (0, 1)]
+        proxy.terminate()
+    serving.terminate()
+    for row in rows:  # the phases apart are those of the run without overlap
+        apart = next(other for other in rows if other["late"] == row["late"] and not other["overlap"])
+        row["longer"] = max(apart["rollout"], apart["update"])
+        row["ratio"] = row["step"] / row["longer"]
+    text = f"# Overlap of writing and training, {arguments.steps} steps of the quickstart\n\n{markdown(rows, COLUMNS)}"
+    save(arguments.output, {"machine": found, "rows": rows}, text)
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    """A program beside this one."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "passive"}
+    return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment)
+
+
+def measure(arguments: argparse.Namespace, port: int, late: float, overlap: int) -> dict:
+    """Medians over a run's steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        changes = [f"model={arguments.model}", f"output_dir={folder}", "trainer.eval_every=null"]
+        changes += ["rollout.engine=vllm_server", f"rollout.overlap={overlap}", f"trainer.max_steps={arguments.steps}"]
+        changes += [f"rollout.server.urls=[http://127.0.0.1:{port}]", "data.eval.rows=200"]
+        assert start("sail_rl/train_grpo.py", "recipes/quickstart.yaml", *changes).wait() == 0
+        records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        accuracy = json.loads((Path(folder) / "summary.json").read_text())["accuracy_after"]
+    seconds = {name: [record[f"seconds/{name}"] for record in records[UNCOUNTED:]] for name in PHASES}
+    return {
+        "late": late,
+        "overlap": overlap,
+        "step": median(map(sum, zip(*seconds.values(), strict=True))),
+        "rollout": median(seconds["rollout"]),
+        "update": median(map(sum, zip(seconds["update"], seconds["reward"], seconds["data"], strict=True))),
+        "accuracy": accuracy,
+    }
+
+
+if __name__ == "__main__":
+    main()

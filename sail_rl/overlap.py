@@ -1,0 +1,91 @@
+"""A step's questions with their completions; with `rollout.overlap = 1` the next step's are written while it trains.
+
+A step then trains on completions of the weights before the newest ones, which importance sampling corrects. A
+checkpoint holds the completions that were written ahead, so that a resumed run trains on them as well.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rollouts import Rollout, Sampling
+from sail_rl.checkpoint import Progress
+from sail_rl.data.stream import RowStream
+from sail_rl.launch import Run
+from sail_rl.metrics import Stopwatch
+from sail_rl.profiling import Profile
+from sail_rl.questions import Question
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step trains on."""
+
+    questions: list[Question]
+    rollouts: list[Rollout]
+    data_position: int
+    """Rows read when the last of the questions had been."""
+
+
+class Writer:
+    """Has the engine write the batches of a run, one a step."""
+
+    def __init__(
+        self,
+        run: Run,
+        engine: Any,
+        stream: RowStream[Question],
+        sampling: Sampling,
+        watch: Stopwatch,
+        profile: Profile,
+    ):
+        self.run, self.engine, self.stream, self.sampling = run, engine, stream, sampling
+        self.watch, self.profile = watch, profile
+        self.rollout = run.recipe.rollout
+        self.batch: Batch | None = None  # of the first step that is not done, if it is written
+        self.coming: tuple[list[Question], Any, int] | None = None
+
+    def take_up(self, written_ahead: Sequence[dict[str, Any]]) -> None:
+        """Go on with the completions that a checkpoint holds."""
+        if written_ahead:
+            rollouts = [Rollout(**told) for told in self.run.shard.slice(list(written_ahead))]
+            self.batch = Batch(self._read(), rollouts, self.stream.position)
+
+    def next(self) -> Batch:
+        """The batch of this step; with overlap that of the next one is begun."""
+        if not self.rollout.overlap:
+            questions = self._read()
+            with self.watch.phase("rollout"), self.profile.untraced():
+                return Batch(questions, self.engine.generate(*self._asked(questions)), self.stream.position)
+        if self.batch is None:
+            self._begin()
+            self.finish()
+        assert self.batch is not None
+        self._begin()
+        return self.batch
+
+    def finish(self) -> None:
+        """Wait for what is being written: after a step, before the weights change."""
+        if self.coming is None:
+            return
+        (questions, pending, position), self.coming, self.batch = self.coming, None, None
+        self.batch = Batch(questions, self.engine.finish(pending), position)
+
+    def recorded(self, progress: Progress) -> Progress:
+        """Progress with the completions of the first step that is not done."""
+        if not self.rollout.overlap:
+            return progress
+        mine = [asdict(rollout) for rollout in self.batch.rollouts] if self.batch else []
+        return progress.after(written_ahead=self.run.shard.gather(mine))
+
+    def _read(self) -> list[Question]:
+        with self.watch.phase("data"):
+            return self.stream.next_items(self.rollout.prompts_per_step)
+
+    def _asked(self, questions: Sequence[Question]) -> tuple[list[Any], int, Sampling]:
+        return [question.prompt for question in questions], self.rollout.num_generations, self.sampling
+
+    def _begin(self) -> None:
+        questions = self._read()
+        with self.watch.phase("rollout"):
+            self.coming = questions, self.engine.begin(*self._asked(questions)), self.stream.position
