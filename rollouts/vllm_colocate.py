@@ -79,6 +79,8 @@ class VLLMEngine:
         self.picture = picture
         self.weight_version: int | None = None
         """None while some weight is not the trainer's."""
+        self.in_group = torch.distributed.is_initialized()
+        """Whether this is one of several processes that train, each with an engine of its own."""
         self.llm = start(folder, settings)
         self.dtype = getattr(torch, settings.dtype)
         self.on_gpu = torch.cuda.is_available()
@@ -198,7 +200,12 @@ class VLLMEngine:
 
     def close(self) -> None:
         """End the engine; its memory is free."""
-        self.llm.llm_engine.engine_core.shutdown()
+        core: Any = self.llm.llm_engine.engine_core
+        if self.in_group:  # all else that vLLM would do, now or when it is collected, ends the trainer's group as well
+            core._finalizer.detach()
+            core.engine_core.model_executor.shutdown()
+        else:
+            core.shutdown()
         del self.llm
 
 
@@ -222,6 +229,8 @@ def start(folder: Path, settings: EngineSettings) -> Any:
         enable_sleep_mode=on_gpu,
         logprobs_mode="processed_logprobs",  # of the distribution that tokens are drawn from
         skip_mm_profiling=not on_gpu,
+        # In one of several processes that train, the engine must join their group, which it finds already made.
+        distributed_executor_backend="external_launcher" if torch.distributed.is_initialized() else None,
         mm_device_do_normalize=False,  # pictures reach the model as the processor made them, and can be compared
         seed=0,
     )

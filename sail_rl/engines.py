@@ -26,8 +26,6 @@ def make_vllm_engine(run: Run, model, processor, suppressed: list[int]) -> Rollo
     """vLLM in this process, started from a folder of the run's own."""
     if importlib.util.find_spec("vllm") is None:
         raise BadInput(f"rollout.engine = vllm_colocate: vllm is not installed; {INSTALL_VLLM}")
-    if run.shard.world_size > 1:
-        raise BadInput("rollout.engine = vllm_colocate: only one process can have an engine yet; use rollout.engine=hf")
     from rollouts.vllm_colocate import EngineSettings, VLLMEngine
 
     rollout, vllm = run.recipe.rollout, run.recipe.rollout.vllm
