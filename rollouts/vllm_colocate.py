@@ -79,8 +79,7 @@ class VLLMEngine:
         self.picture = picture
         self.weight_version: int | None = None
         """None while some weight is not the trainer's."""
-        self.in_group = torch.distributed.is_initialized()
-        """Whether this is one of several processes that train, each with an engine of its own."""
+        self.in_group = several_processes()
         self.llm = start(folder, settings)
         self.dtype = getattr(torch, settings.dtype)
         self.on_gpu = torch.cuda.is_available()
@@ -230,7 +229,7 @@ def start(folder: Path, settings: EngineSettings) -> Any:
         logprobs_mode="processed_logprobs",  # of the distribution that tokens are drawn from
         skip_mm_profiling=not on_gpu,
         # In one of several processes that train, the engine must join their group, which it finds already made.
-        distributed_executor_backend="external_launcher" if torch.distributed.is_initialized() else None,
+        distributed_executor_backend="external_launcher" if several_processes() else None,
         mm_device_do_normalize=False,  # pictures reach the model as the processor made them, and can be compared
         seed=0,
     )
@@ -238,6 +237,11 @@ def start(folder: Path, settings: EngineSettings) -> Any:
     torch.set_num_threads = set_threads
     torch.set_rng_state(random_state)
     return llm
+
+
+def several_processes() -> bool:
+    """Whether this is one of several processes that train together."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def pack_experts(model: Any) -> None:
