@@ -125,8 +125,8 @@ def trl_side(task: Task) -> Callable[[], Phases]:
     return step
 
 
-def trl_trainer(task: Task, model, rows: list[dict[str, Any]]):
-    """GRPOTrainer with the recipe's settings."""
+def trl_trainer(task: Task, model, rows: list[dict[str, Any]], changes: dict[str, Any] | None = None):
+    """GRPOTrainer with the recipe's settings, and changes of TRL's own keys."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -145,7 +145,7 @@ def trl_trainer(task: Task, model, rows: list[dict[str, Any]]):
     settings |= {"chat_template_kwargs": {"thinking": recipe.data.thinking}}
     # A picture's token in a completion would end the run: the model would look for its picture.
     settings |= {"generation_kwargs": {"suppress_tokens": image_token_ids(model, task.processor)}}
-    args = GRPOConfig(f"{recipe.output_dir}/trl", **settings)
+    args = GRPOConfig(f"{recipe.output_dir}/trl", **(settings | (changes or {})))
     return GRPOTrainer(model, reward_functions(recipe), args, Dataset.from_list(rows), processing_class=task.processor)
 
 

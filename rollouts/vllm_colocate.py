@@ -79,6 +79,7 @@ class VLLMEngine:
         self.picture = picture
         self.weight_version: int | None = None
         """None while some weight is not the trainer's."""
+        self.in_group = several_processes()
         self.llm = start(folder, settings)
         self.dtype = getattr(torch, settings.dtype)
         self.on_gpu = torch.cuda.is_available()
@@ -206,7 +207,12 @@ class VLLMEngine:
 
     def close(self) -> None:
         """End the engine; its memory is free."""
-        self.llm.llm_engine.engine_core.shutdown()
+        core: Any = self.llm.llm_engine.engine_core
+        if self.in_group:  # all else that vLLM would do, now or when it is collected, ends the trainer's group as well
+            core._finalizer.detach()
+            core.engine_core.model_executor.shutdown()
+        else:
+            core.shutdown()
         del self.llm
 
 
@@ -230,6 +236,8 @@ def start(folder: Path, settings: EngineSettings) -> Any:
         enable_sleep_mode=on_gpu,
         logprobs_mode="processed_logprobs",  # of the distribution that tokens are drawn from
         skip_mm_profiling=not on_gpu,
+        # In one of several processes that train, the engine must join their group, which it finds already made.
+        distributed_executor_backend="external_launcher" if several_processes() else None,
         mm_device_do_normalize=False,  # pictures reach the model as the processor made them, and can be compared
         seed=0,
     )
@@ -237,6 +245,11 @@ def start(folder: Path, settings: EngineSettings) -> Any:
     torch.set_num_threads = set_threads
     torch.set_rng_state(random_state)
     return llm
+
+
+def several_processes() -> bool:
+    """Whether this is one of several processes that train together."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def pack_experts(model: Any) -> None:

@@ -35,10 +35,6 @@ def check_vllm(wanted: str) -> None:
 
 def make_vllm_engine(run: Run, model, processor, suppressed: list[int]) -> RolloutEngine:
     """vLLM in this process, started from a folder of the run's own."""
-    if run.shard.world_size > 1:
-        raise BadInput(
-            "rollout.engine = vllm_colocate: only one process can have it yet; use rollout.engine=vllm_server"
-        )
     from rollouts.vllm_colocate import VLLMEngine
 
     if run.is_main:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import command
 from tiny_models import completion_logits
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -180,3 +181,22 @@ def test_learning_curves(monkeypatch, tmp_path, start):
     assert points[0]["accuracy"] == points[3]["accuracy"]  # the same model, questions and judge
     assert learning_curve.curve([3], short=True) == points  # from the files
     assert "| 256 |" in learning_curve.curve_table(points)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_rollouts_of_every_engine(tmp_path):
+    """The short form, as a command: its file has the name of a package."""
+    result = command("benchmarks/rollouts.py", "--short", "--json", tmp_path / "rollouts.json")
+    assert result.returncode == 0, result.stderr[-5000:]
+    rows = json.loads((tmp_path / "rollouts.json").read_text())["rows"]
+    engines = [
+        ("hf", "float32"),
+        ("vllm_colocate", "float32"),
+        ("vllm_colocate", "bfloat16"),
+        ("TRL's vLLM", "bfloat16"),
+    ]
+    assert [(row["engine"], row["dtype"]) for row in rows] == engines
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(row["rollouts"] * row["completion"] / row["seconds"])
+        assert (row["push"] is None) == (row["engine"] == "hf")

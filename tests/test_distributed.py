@@ -7,6 +7,8 @@ import pytest
 from conftest import BIN, SMALL, SMALL_GRPO, command, torchrun
 
 pytestmark = pytest.mark.dist
+ACCELERATE = (str(BIN / "accelerate"), "launch", "--num_processes", "2", "--main_process_port", "0")
+FSDP2 = (*ACCELERATE, "--config_file", "recipes/accelerate/fsdp2.yaml")
 
 
 def losses(run) -> list[tuple[float, float, float]]:
@@ -37,6 +39,30 @@ def test_grpo_on_text_and_pictures_equals_one_process(model, budget, start, mixe
     for ours, theirs in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
         assert ours[1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.parametrize("launcher", [torchrun(2), FSDP2], ids=["ddp", "fsdp2"])
+def test_vllm_in_every_process_equals_one_process(launcher, start, mixed_rows, tmp_path):
+    """Each process has an engine, for its own questions; the last batch of an evaluation leaves one without any."""
+    common = ["sail_rl/train_grpo.py", "recipes/quickstart.yaml", *SMALL_GRPO, f"model={start}", "data.eval.rows=9"]
+    common += ["rollout.engine=vllm_colocate", f"rewards=[{{function: '{mixed_rows / 'mine.py'}:spread'}}]"]
+    common += ["trainer.eval_batch_size=4", f"data.train={mixed_rows / 'rows.jsonl'}", "data.shuffle=false"]
+    one = command(*common, f"output_dir={tmp_path / 'one'}")
+    two = command(*common, f"output_dir={tmp_path / 'two'}", launcher=launcher)
+    assert one.returncode == 0, one.stderr[-5000:]
+    assert two.returncode == 0, two.stderr[-5000:]
+    assert json.loads((tmp_path / "two/environment.json").read_text())["processes"] == 2
+    for ours, theirs in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+        assert ours[1] > 0
+    records = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
+    assert all(0 < record["parity/max"] < 1e-4 for record in records)
+    predictions = [(tmp_path / name / "predictions_after.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert [json.loads(line)["completion"] for line in predictions[0]] == [
+        json.loads(line)["completion"] for line in predictions[1]
+    ]
 
 
 def test_sft_through_accelerate_equals_one_process(start, mixed_rows, tmp_path):
