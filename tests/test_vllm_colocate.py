@@ -324,14 +324,15 @@ def test_the_gate_names_a_wrong_picture(world, model):
 
 
 def test_the_gate_names_a_wrong_chat_template(world, model, monkeypatch):
-    own = rollouts.vllm_colocate.request
-
-    def without_its_head(prompt, picture):
-        return own(replace(prompt, token_ids=prompt.token_ids[3:]), picture)
-
-    monkeypatch.setattr(rollouts.vllm_colocate, "request", without_its_head)
-    with pytest.raises(BadInput, match=r"prompt tokens: \d+ reached the engine .* from token 0") as caught:
-        gate(world, model, world.prompts[:1])
+    """The engine is told the question by a template with a system turn."""
+    prompt, own = world.prompts[0], rollouts.vllm_colocate.request
+    turns = [{"role": "system", "content": "add them"}, {"role": "user", "content": prompt.id}]
+    text = world.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    other = replace(prompt, token_ids=world.processor.tokenizer(text)["input_ids"])
+    assert other.token_ids[-3:] == prompt.token_ids[-3:]
+    monkeypatch.setattr(rollouts.vllm_colocate, "request", lambda _, picture: own(other, picture))
+    with pytest.raises(BadInput, match=r"prompt tokens: \d+ reached the engine .* from token \d+") as caught:
+        gate(world, model, [prompt])
     assert "pictures" not in str(caught.value)
 
 
