@@ -42,12 +42,12 @@ def make_vllm_engine(run: Run, model, processor, suppressed: list[int]) -> Rollo
     )
     if run.is_main:
         print("starting vLLM in this process", flush=True)
-    folder = write_engine_folder(run, model, processor)
+    folder = write_engine_folder(run, model, processor, settings.dtype)
     tokens = picture_tokens(processor), end_tokens(model, processor)
     return VLLMEngine(folder, processor.tokenizer, tokens[1], suppressed, weight_names(model), tokens[0], settings)
 
 
-def write_engine_folder(run: Run, model, processor) -> Path:
+def write_engine_folder(run: Run, model, processor, dtype: str) -> Path:
     """`<output_dir>/engine`: what describes the model and prepares its input, as the recipe has changed it.
 
     Weights are not written: they may be random, resumed or merged, and all of them are pushed before the first use.
@@ -56,6 +56,8 @@ def write_engine_folder(run: Run, model, processor) -> Path:
     if run.is_main:
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            part.dtype = dtype  # a checkpoint names a precision for each part, which vLLM's parts would have
         config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         processor.save_pretrained(folder)
