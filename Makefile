@@ -58,7 +58,7 @@ bench: install
 	$(BIN)/python benchmarks/memory.py --short
 	$(BIN)/python benchmarks/scaling.py --short
 	$(BIN)/python benchmarks/step.py --short
-	$(BIN)/python benchmarks/rollouts.py --short
+	$(BIN)/python benchmarks/rollout_speed.py --short
 	$(BIN)/python benchmarks/attention.py --short
 	$(BIN)/python benchmarks/kernels.py --short
 

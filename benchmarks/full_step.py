@@ -1,7 +1,8 @@
 """The two sides of a whole GRPO step, each as a callable that returns the seconds of its phases.
 
-Both write completions with the transformers model, TRL by its `generate`. Reward functions, prompts and the number of
-rollouts are the same. The settings are the recipe's; TRL has the same key for each of them.
+Both write completions with the transformers model, TRL by its `generate`; or both with a vLLM in this process. Reward
+functions, prompts and the number of rollouts are the same. The settings are the recipe's; TRL has the same key for each
+of them.
 """
 
 import copy
@@ -18,8 +19,10 @@ from sail_rl import scoring
 from sail_rl.advantage import group_advantages
 from sail_rl.batch import Form, idle_group, make_batches
 from sail_rl.batch_form import choose_form
+from sail_rl.checkpoint import full_parameters
 from sail_rl.config import GrpoRecipe
 from sail_rl.data.stream import Shard
+from sail_rl.engines import end_tokens, make_vllm_engine
 from sail_rl.launch import Run
 from sail_rl.losses import loss_normaliser
 from sail_rl.metrics import Stopwatch
@@ -45,7 +48,7 @@ class Task:
 
 
 def our_side(task: Task) -> Callable[[], Phases]:
-    """The loop body of train_grpo.py, without its log and checkpoints."""
+    """The loop body of train_grpo.py, without its log and checkpoints, with the recipe's engine and precision."""
     recipe = task.recipe
     rollout, grpo = recipe.rollout, recipe.grpo
     run, policy = new_run(recipe), copy.deepcopy(task.model)
@@ -56,13 +59,18 @@ def our_side(task: Task) -> Callable[[], Phases]:
     prepare_for_training(policy, recipe.trainer.gradient_checkpointing)
     model, optimizer = run.accelerator.prepare(Policy(policy), make_optimizer(policy, recipe.optim))
     set_learning_rate(optimizer, recipe.optim, recipe.optim.warmup_steps + 1, recipe.trainer.max_steps)
-    engine = HFEngine(policy, task.processor.tokenizer, suppressed, rollout.batch_size)
+    if rollout.engine == "hf":
+        engine: Any = HFEngine(policy, task.processor.tokenizer, suppressed, rollout.batch_size)
+    else:
+        suppressed = never_written(task)
+        engine = make_vllm_engine(run, policy, task.processor, suppressed)
     sampling = training_sampling(recipe)
     watch = Stopwatch()
     chosen: list[Form] = []  # by the first step that has a group, as in train_grpo.py
 
     def step() -> Phases:
         with watch.phase("rollout"):
+            engine.load_weights(full_parameters(policy), version=1)  # of the update before
             questions = stream.next_items(rollout.prompts_per_step)
             rollouts = engine.generate([question.prompt for question in questions], rollout.num_generations, sampling)
         with watch.phase("reward"):
@@ -82,18 +90,28 @@ def our_side(task: Task) -> Callable[[], Phases]:
     return step
 
 
+def never_written(task: Task) -> list[int]:
+    """What vLLM is kept from: pictures' tokens, and end tokens, so that all completions have one length."""
+    return [*image_token_ids(task.model, task.processor), *end_tokens(task.model, task.processor)]
+
+
 def new_run(recipe: GrpoRecipe) -> Run[GrpoRecipe]:
     """A run of one process."""
     folder = Path(recipe.output_dir)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    return Run(recipe, folder, Accelerator(cpu=True), Shard())
+    return Run(recipe, folder, Accelerator(cpu=True, mixed_precision=recipe.trainer.mixed_precision), Shard())
 
 
 def trl_side(task: Task) -> Callable[[], Phases]:
     """TRL's generation, rewards and update; its rows are made beforehand and not timed."""
     from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
-    trainer = trl_trainer(task, copy.deepcopy(task.model), [{"prompt": "unused"}])
+    if task.recipe.rollout.engine == "hf":
+        trainer = trl_trainer(task, copy.deepcopy(task.model), [{"prompt": "unused"}])
+    else:
+        from benchmarks.vllm_sides import trl_with_vllm
+
+        trainer = trl_with_vllm(task)
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     optimizer, watch = trainer.create_optimizer(), Stopwatch()
     stream = question_stream(new_run(task.recipe), "train", task.processor)
@@ -115,10 +133,12 @@ def trl_side(task: Task) -> Callable[[], Phases]:
             parts = split_tensor_dict(split_pixel_values_by_grid(batch), trainer.args.steps_per_generation)
             optimizer.zero_grad()
             for part in parts:
-                loss = trainer._compute_loss(trainer.model, unsplit_pixel_values_by_grid(part))
+                with trainer.compute_loss_context_manager():  # bfloat16, if that is the precision
+                    loss = trainer._compute_loss(trainer.model, unsplit_pixel_values_by_grid(part))
                 trainer.accelerator.backward(loss)
             trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
             optimizer.step()
+            trainer.state.global_step += 1  # its vLLM is given the new weights
         phases = {name.removeprefix("seconds/"): seconds for name, seconds in watch.take().items()}
         return phases | {"rollout": phases["rollout"] - phases["reward"]}  # the rewards are called within
 
@@ -133,7 +153,8 @@ def trl_trainer(task: Task, model, rows: list[dict[str, Any]], changes: dict[str
     recipe = task.recipe
     rollout, grpo, optim = recipe.rollout, recipe.grpo, recipe.optim
     micro_batches = rollout.prompts_per_step * rollout.num_generations // task.trl_rows
-    settings: dict[str, Any] = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    settings: dict[str, Any] = {"report_to": "none", "use_cpu": True, "gradient_checkpointing": False}
+    settings |= {"bf16": recipe.trainer.mixed_precision == "bf16"}
     settings |= {"per_device_train_batch_size": task.trl_rows, "gradient_accumulation_steps": micro_batches}
     settings |= rollout.model_dump(include={"num_generations", "max_completion_length", "temperature"})
     settings |= grpo.model_dump(include={"loss_type", "epsilon", "epsilon_high", "beta", "scale_rewards"})

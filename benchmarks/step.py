@@ -1,15 +1,21 @@
 """A whole GRPO step, rollouts and rewards included: ours against TRL 1.16's GRPOTrainer, both with HF generate.
 
-    python benchmarks/step.py [--short] [--curve] [--json PATH]
+    python benchmarks/step.py [--short] [--engine vllm | --curve] [--json PATH]
 
 Three tasks: the quickstart from its SFT start, whose prompts have 31 tokens and whose tower is small; its pictures read
 by the model of update.py, random weights with the 2B's shares of tower and head; and long prompts for it. `--curve`
 instead trains the quickstart with both, on three seeds, and compares greedy accuracy on 300 unseen questions over the
-number of rollouts. SFT starts and finished runs are kept in runs/benchmarks, so it can be stopped and run again.
+number of rollouts. With `--engine vllm` both sides write with vLLM in this process, in bfloat16, which is all that TRL
+has, and completions have one length; ours in float32 is measured beside it. TRL 1.16 would not run so here: what is
+mended is in vllm_sides.py. SFT starts and finished runs are kept in runs/benchmarks, to go on from if it is stopped.
 """
 
 import argparse
 import json
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,7 @@ from benchmarks.common import SHORT_RESULTS, machine, markdown, prepare_process,
 from benchmarks.quickstart_runs import sft_start
 
 ROUNDS, SHORT_ROUNDS = 5, 1
+WARM_UP = 2  # rounds of vLLM, which compiles in the first calls of each shape
 SEEDS, SHORT_SEEDS = (0, 1, 2), (0,)
 EVEN_TOKENS = str(Path(__file__).with_name("even_tokens.py")) + ":even_tokens"
 LONG_PROMPT, LONG_COMPLETION, LONG_PROMPTS = 512, 64, 2
@@ -28,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="one round; with --curve one seed and few steps")
     parser.add_argument("--curve", action="store_true", help="accuracy over rollouts instead of seconds per step")
+    parser.add_argument("--engine", choices=("hf", "vllm"), default="hf", help="who writes the completions")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     prepare_process()
@@ -39,29 +47,75 @@ def main() -> None:
         save(arguments.json or results_file("curve", arguments.short), result, curve_table(result["rows"]))
         return
     rounds = SHORT_ROUNDS if arguments.short else ROUNDS
-    result["rows"] = [
-        measure(name, make_task(arguments.short), rounds)
-        for name, make_task in (
-            ("quickstart", quickstart_task),
-            ("pictures, shares of the 2B", picture_task),
-            ("long prompts, shares of the 2B", long_task),
-        )
-    ]
+    tasks = {
+        "quickstart": quickstart_task,
+        "pictures, shares of the 2B": picture_task,
+        "long prompts, shares of the 2B": long_task,
+    }
+    if arguments.engine == "vllm":
+        tasks.pop("quickstart")  # without an end no answer is right, and ours leaves out groups whose rewards are equal
+        # Each in a process of its own: accelerate has one precision for a process.
+        result["rows"] = [in_own_process(measure_vllm, name, make, arguments.short) for name, make in tasks.items()]
+        save(arguments.json or results_file("step_vllm", arguments.short), result, phase_table(result["rows"]))
+        return
+    result["rows"] = [measure(name, make(arguments.short), rounds) for name, make in tasks.items()]
     save(arguments.json or results_file("step", arguments.short), result, phase_table(result["rows"]))
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure_vllm(name: str, make_task: Callable[..., Any], short: bool) -> dict[str, Any]:
+    """Both sides in bfloat16; and ours in float32, alone."""
+    rounds = SHORT_ROUNDS if short else ROUNDS
+    alone = in_own_process(measure_ours, make_task, short, rounds)
+    prepare_vllm_process()
+    row = measure(name, with_vllm(make_task(short), "bf16"), rounds)
+    seconds = row["seconds"] | {"ours, float32": alone}
+    return row | {"seconds": seconds, "ratio_of_float32": sum(seconds["trl"].values()) / sum(alone.values())}
+
+
+def measure_ours(make_task: Callable[..., Any], short: bool, rounds: int) -> dict[str, float]:
+    """Median seconds of our phases with vLLM in float32."""
+    from benchmarks.full_step import median_phases, our_side
+
+    prepare_vllm_process()
+    step = our_side(with_vllm(make_task(short), "no"))
+    return median_phases([step() for _ in range(rounds + WARM_UP)][WARM_UP:])
+
+
+def prepare_vllm_process() -> None:
+    """For a process that has vLLM in it."""
+    prepare_process()
+    from benchmarks.vllm_sides import prepare_vllm
+
+    prepare_vllm()
+
+
+def with_vllm(task, precision: str):
+    """The task with our vLLM in this precision, and completions of one length."""
+    recipe = task.recipe
+    rollout = recipe.rollout.model_copy(update={"engine": "vllm_colocate"})
+    trainer = recipe.trainer.model_copy(update={"mixed_precision": precision})
+    return replace(task, recipe=recipe.model_copy(update={"rollout": rollout, "trainer": trainer}))
 
 
 def measure(name: str, task, rounds: int) -> dict[str, Any]:
     """Median seconds of each phase, both sides in turn."""
     from benchmarks.full_step import median_phases, our_side, total, trl_side
 
-    print(f"{name}: {rounds} rounds after one for warming up", flush=True)
+    warm_up = 1 if task.recipe.rollout.engine == "hf" else WARM_UP
+    print(f"{name}: {rounds} rounds after {warm_up} for warming up", flush=True)
     sides = {"ours": our_side(task), "trl": trl_side(task)}
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for number in range(rounds + 1):
+    for number in range(rounds + warm_up):
         for side, step in sides.items():
             phases = step()
             print(f"{side}: { {phase: round(seconds, 2) for phase, seconds in phases.items()} }", flush=True)
-            if number:
+            if number >= warm_up:
                 runs[side].append(phases)
     medians = {side: median_phases(steps) for side, steps in runs.items()}
     ratio = {phase: medians["trl"][phase] / medians["ours"][phase] for phase in medians["ours"]}

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
-from benchmarks.full_step import Task, new_run, trl_trainer
+from benchmarks.full_step import Task, never_written, new_run, trl_trainer
 from rollouts.vllm_colocate import CPU_ENVIRONMENT, ENVIRONMENT, VLLMEngine, collapsed
 from sail_rl.checkpoint import full_parameters
-from sail_rl.engines import end_tokens, make_vllm_engine, picture_tokens
-from sail_rl.model.load import image_token_ids
+from sail_rl.engines import make_vllm_engine, picture_tokens
 
 MAX_MODEL_LEN = 1024
 
@@ -26,11 +25,6 @@ def prepare_vllm() -> None:
     """One process, all of its threads, no more messages than errors; before vLLM is imported."""
     for name, value in (ENVIRONMENT | CPU_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1"}).items():
         os.environ.setdefault(name, value)
-
-
-def never_written(task: Task) -> list[int]:
-    """What is suppressed on all sides: pictures' tokens, and end tokens, so that all completions have one length."""
-    return [*image_token_ids(task.model, task.processor), *end_tokens(task.model, task.processor)]
 
 
 def our_engine(task: Task, model, dtype: str) -> VLLMEngine:
@@ -45,7 +39,10 @@ def our_engine(task: Task, model, dtype: str) -> VLLMEngine:
 def trl_with_vllm(task: Task, **settings: Any):
     """GRPOTrainer in colocate mode. Its engine starts from a folder, in bfloat16 as the folder says."""
     folder = Path(task.recipe.output_dir) / "trl_start"
-    copy.deepcopy(task.model).to(torch.bfloat16).save_pretrained(folder)
+    start = copy.deepcopy(task.model).to(torch.bfloat16)
+    for part in (start.config, start.config.text_config, start.config.vision_config):
+        part.dtype = torch.bfloat16  # a loaded model's parts have that of their file
+    start.save_pretrained(folder)
     task.processor.save_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     model.load_state_dict(task.model.state_dict())
@@ -65,6 +62,8 @@ def mend(generation, picture) -> None:
         stream = ((name, tensor.detach()) for name, tensor in generation._iter_named_params())
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
         llm.reset_prefix_cache()
+        llm.reset_mm_cache()
+        llm.llm_engine.reset_encoder_cache()  # of which the reload has cleared a part, and vLLM then misses it
 
     def generate(prompts, **keys):
         short = [prompt | {"prompt_token_ids": collapsed(prompt["prompt_token_ids"], picture)[0]} for prompt in prompts]

@@ -39,9 +39,9 @@ def make_vllm_engine(run: Run, model, processor, suppressed: list[int]) -> Rollo
 
     if run.is_main:
         print("starting vLLM in this process", flush=True)
-    folder = write_engine_folder(run, model, processor)
-    tokens = picture_tokens(processor), end_tokens(model, processor)
     settings = engine_settings(run, model)
+    folder = write_engine_folder(run, model, processor, settings.dtype)
+    tokens = picture_tokens(processor), end_tokens(model, processor)
     return VLLMEngine(folder, processor.tokenizer, tokens[1], suppressed, weight_names(model), tokens[0], settings)
 
 
@@ -59,13 +59,14 @@ def make_server_engine(run: Run, model, processor, suppressed: list[int]) -> Rol
     if run.is_main:
         started = ", ".join(server.urls) or f"a process of this run (log: {folder / 'server_0.log'})"
         print(f"starting vLLM in {started}", flush=True)
+    settings = engine_settings(run, model)
     setup = Setup(
-        files=files_of(write_engine_folder(run, model, processor)),
+        files=files_of(write_engine_folder(run, model, processor, settings.dtype)),
         end_token_ids=sorted(end_tokens(model, processor)),
         suppressed_token_ids=list(suppressed),
         weight_names=sorted(weight_names(model)),
         picture=picture_tokens(processor),
-        settings=engine_settings(run, model),
+        settings=settings,
     )
     limits = Limits(server.start_limit, server.push_limit, server.request_limit, server.restarts)
     crew = Crew(shard.rank, shard.world_size, shard.gather)
@@ -91,7 +92,7 @@ def engine_settings(run: Run, model):
     )
 
 
-def write_engine_folder(run: Run, model, processor) -> Path:
+def write_engine_folder(run: Run, model, processor, dtype: str) -> Path:
     """`<output_dir>/engine`: what describes the model and prepares its input, as the recipe has changed it.
 
     Weights are not written: they may be random, resumed or merged, and all of them are pushed before the first use.
@@ -100,6 +101,8 @@ def write_engine_folder(run: Run, model, processor) -> Path:
     if run.is_main:
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            part.dtype = dtype  # a checkpoint names a precision for each part, which vLLM's parts would have
         config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -35,8 +35,10 @@ def test_a_recipe_that_can_be_trained(tmp_path):
 
 
 @pytest.mark.vllm
-def test_with_vllm(tmp_path):
-    code, verdicts, told = doctor(tmp_path, *TINY, "rollout.engine=vllm_colocate", "rollout.top_p=0.9")
+def test_with_vllm(start, tmp_path):
+    """In bfloat16, and from a checkpoint of float32."""
+    changes = ("rollout.engine=vllm_colocate", "trainer.mixed_precision=bf16", f"model={start}", *TINY[1:])
+    code, verdicts, told = doctor(tmp_path, *changes)
     assert (code, verdicts) == (0, [("ok", name) for name in NAMES]), told
     assert "vllm 0." in told
     assert "parity with the engine: log-probabilities" in told

@@ -1,6 +1,6 @@
 """Tokens per second of every engine on the same prompts with pictures: `hf`, `vllm_colocate`, and TRL 1.16's vLLM.
 
-    python benchmarks/rollouts.py [--short] [--json PATH]
+    python benchmarks/rollout_speed.py [--short] [--json PATH]
 
 The model is that of update.py, with random weights; groups of eight, completions of one length, since end tokens are
 suppressed. Each round asks other questions, the same of every engine, so nothing is found in a cache. Medians of rounds
@@ -8,7 +8,6 @@ in turn. TRL has bfloat16 alone; what is mended on its side is in vllm_sides.py.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +37,6 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="two rounds of the first task")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    # Started by its path, this file would be found where the package `rollouts` is meant.
-    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
     prepare_process()
     from benchmarks.step import long_task, picture_task
     from benchmarks.vllm_sides import prepare_vllm
@@ -99,7 +96,8 @@ def one_round(writer: Writer, prompts: list[Any], rollout) -> tuple[float | None
 
 def make_writers(task) -> list[Writer]:
     """Every engine of the comparison, all in this process."""
-    from benchmarks.vllm_sides import never_written, our_engine, trl_with_vllm
+    from benchmarks.full_step import never_written
+    from benchmarks.vllm_sides import our_engine, trl_with_vllm
     from rollouts.hf import HFEngine
     from sail_rl.checkpoint import full_parameters
     from sail_rl.sampling import training_sampling
