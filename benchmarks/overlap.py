@@ -1,6 +1,7 @@
 """Wall time of a step with rollout.overlap 0 and 1, before a server as fast as it is and one that answers late.
 
-python benchmarks/overlap.py MODEL [--steps N] [--late SECONDS]     MODEL: such as runs/quickstart-sft/final
+python benchmarks/overlap.py MODEL [--steps N] [--late SECONDS] [--updates N]
+    MODEL: such as runs/quickstart-sft/final
 
 One `sail-rl serve-rollouts` for all runs, each process with the same threads; a proxy in front of it adds the latency.
 """
@@ -19,6 +20,7 @@ from benchmarks.common import THREADS, machine, markdown, results_file, save
 
 COLUMNS = {
     "late": "answers late by, s",
+    "updates": "updates a batch",
     "overlap": "overlap",
     "step": "step, s",
     "rollout": "waited for completions, s",
@@ -37,21 +39,23 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--late", type=float, default=2.0)
+    parser.add_argument("--updates", type=int, default=5, help="a batch, in the last pair of runs: a longer update")
     parser.add_argument("--output", type=Path, default=results_file("overlap", short=False))
     arguments = parser.parse_args()
     found = machine() | {"threads of each of two processes": THREADS}
     server, front = free_port(), free_port()
     serving = start("-m", "sail_rl.cli", "serve-rollouts", "--port", server)
     rows = []
-    for late in (0.0, arguments.late):
+    for late, updates in ((0.0, 1), (arguments.late, 1), (arguments.late, arguments.updates)):
         proxy = start("tests/rollout_proxy.py", f"http://127.0.0.1:{server}", front, late)
-        rows += [measure(arguments, front, late, overlap) for overlap in (0, 1)]
+        rows += [measure(arguments, front, late, updates, overlap) for overlap in (0, 1)]
         proxy.terminate()
+        proxy.wait()
     serving.terminate()
-    for row in rows:  # the phases apart are those of the run without overlap
-        apart = next(other for other in rows if other["late"] == row["late"] and not other["overlap"])
-        row["longer"] = max(apart["rollout"], apart["update"])
-        row["ratio"] = row["step"] / row["longer"]
+    for apart, together in zip(rows[::2], rows[1::2], strict=True):
+        for row in (apart, together):
+            row["longer"] = max(apart["rollout"], apart["update"])
+            row["ratio"] = row["step"] / row["longer"]
     text = f"# Overlap of writing and training, {arguments.steps} steps of the quickstart\n\n{markdown(rows, COLUMNS)}"
     save(arguments.output, {"machine": found, "rows": rows}, text)
 
@@ -68,11 +72,12 @@ def start(*arguments: object) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment)
 
 
-def measure(arguments: argparse.Namespace, port: int, late: float, overlap: int) -> dict:
+def measure(arguments: argparse.Namespace, port: int, late: float, updates: int, overlap: int) -> dict:
     """Medians over a run's steps."""
     with tempfile.TemporaryDirectory() as folder:
         changes = [f"model={arguments.model}", f"output_dir={folder}", "trainer.eval_every=null"]
         changes += ["rollout.engine=vllm_server", f"rollout.overlap={overlap}", f"trainer.max_steps={arguments.steps}"]
+        changes += [f"grpo.num_iterations={updates}", f"optim.learning_rate={2e-4 / updates}"]
         changes += [f"rollout.server.urls=[http://127.0.0.1:{port}]", "data.eval.rows=200"]
         assert start("sail_rl/train_grpo.py", "recipes/quickstart.yaml", *changes).wait() == 0
         records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -80,6 +85,7 @@ def measure(arguments: argparse.Namespace, port: int, late: float, overlap: int)
     seconds = {name: [record[f"seconds/{name}"] for record in records[UNCOUNTED:]] for name in PHASES}
     return {
         "late": late,
+        "updates": updates,
         "overlap": overlap,
         "step": median(map(sum, zip(*seconds.values(), strict=True))),
         "rollout": median(seconds["rollout"]),

@@ -185,7 +185,7 @@ SPOILT = {
     "no JSON": (lambda status, content: (200, b"<html>"), "JSONDecodeError"),
     "cut short": (lambda status, content: (200, content[:-9], len(content)), "cut short"),
     "hung up": (lambda status, content: None, "RemoteDisconnected"),
-    "late": (lambda status, content: time.sleep(1.5), "no answer within 1 s"),
+    "late": (lambda status, content: time.sleep(4), "no answer within 3 s"),
 }
 
 
@@ -210,7 +210,7 @@ def test_a_spoilt_answer_is_asked_for_again(how, world, model, naps, capsys):
     sampling = Sampling(LENGTH, seed=1)
     expected = world.engine.generate(world.prompts, GROUP, sampling)
     proxy = Proxy(world.engine.links[0].url, spoil=spoiling(how, 1)).start()
-    engine = another_engine(world, [proxy.url], request=1 if how == "late" else 60)
+    engine = another_engine(world, [proxy.url], request=3 if how == "late" else 60)
     engine.load_weights(full_parameters(model), 0)
     assert engine.generate(world.prompts, GROUP, sampling) == expected
     assert naps == [1]
