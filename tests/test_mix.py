@@ -8,8 +8,9 @@ from rewards.judge import Judge, Judgement, JudgeSettings
 from rewards.load import Reward, RewardError
 from rewards.mix import Mixing, check_mix
 from rewards.score import score
-from sail_rl.command_line import BadInput, load_recipe
+from sail_rl.command_line import BadInput, load_recipe, recipe_text
 from sail_rl.config import GrpoRecipe
+from sail_rl.scoring import load_rewards
 
 NOWHERE = Judge(JudgeSettings("http://127.0.0.1:9/v1", "m"))
 PRODUCT = Mixing("product", 0.9, ("accuracy", "judging", "think_quality"))
@@ -150,3 +151,21 @@ def test_a_recipe_with_a_bad_mix_is_refused(tmp_path):
     overrides = ["rewards=[{function: accuracy, weight: 0.1}, {function: conciseness, weight: 0.1}]"]
     with pytest.raises(BadInput, match=r"rewards: with weights accuracy 0\.1, conciseness 0\.1"):
         load_recipe(GrpoRecipe, "recipes/quickstart.yaml", overrides)
+
+
+def test_a_recipe_gives_its_rewards_what_they_need(tmp_path, monkeypatch):
+    overrides = [f"output_dir={tmp_path}", "judge.api_key_env=OUR_KEY"]
+    recipe = load_recipe(GrpoRecipe, "recipes/quickstart_mixed.yaml", overrides)
+    with pytest.raises(BadInput, match=r"judge\.api_key_env = 'OUR_KEY': there is no such environment variable"):
+        load_rewards(recipe)
+    monkeypatch.setenv("OUR_KEY", "secret")
+    rewards = {reward.name: reward for reward in load_rewards(recipe)}
+    assert rewards["conciseness"].arguments == {"max_length": 72, "least_unit": 16}
+    settings = rewards["think_quality"].arguments["judge"].settings
+    assert (settings.model, settings.api_key, settings.batch_seconds) == ("scene", "secret", 60)
+    assert settings.cache == tmp_path / "judge_cache.sqlite"
+    assert "secret" not in recipe_text(recipe)
+    assert [name for name, reward in rewards.items() if reward.asks_judge] == ["think_quality"]
+    without = load_recipe(GrpoRecipe, "recipes/quickstart_mixed.yaml", [*overrides, "judge=null"])
+    with pytest.raises(BadInput, match="reward 'think_quality' asks a judge: name one in the section judge"):
+        load_rewards(without)
