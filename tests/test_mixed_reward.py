@@ -55,6 +55,7 @@ def test_the_traces_of_the_teachers(kind):
     ("reasoning", "answer", "expected"),
     [
         ("A 3, B 1, C 2, D 5. 3 + 5 = 8.", "8", (True, True, True)),
+        ("A 3, B 1, C 2, D 5. 5 + 3 = 8.", "8", (True, True, True)),
         ("A 3, B 1, C 2, D 5. 3 + 5 = 8.", "9", (True, True, False)),
         ("A 3, B 1, C 2, D 5. 3 + 5 = 9.", "9", (False, True, True)),
         ("A 3, B 1, C 2, D 4. 3 + 4 = 7.", "7", (True, False, True)),
