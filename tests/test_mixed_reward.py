@@ -141,6 +141,7 @@ def test_a_judge_that_stays_down_ends_the_run(start, tmp_path):
     assert [record["rewards/asked/failed"] for record in metrics_of(run)] == [0, 0, 16, 16, 0, 0]
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_without_its_judge(start, tmp_path):
     with serve(fails_after(1)) as server:
         result = train(tmp_path / "run", start, server.url, "judge.when_failing=continue", "judge.breaker=5")
