@@ -29,7 +29,7 @@ from sail_rl.data.pictures import question_row
 RUNS = Path("runs/mixed_reward")
 QUESTIONS = 1000
 SFT = ("data.reasoning={terse: 1, wordy: 4, careless: 3, hasty: 2}", "sft.max_completion_length=72")
-SFT_STEPS, STEPS, SHORT_STEPS = 400, 80, 2
+SFT_STEPS, STEPS, SHORT_STEPS = 400, 160, 2
 REWARDS = {
     "accuracy, format": {"accuracy": 0.9, "format": 0.1},
     "with judge": {"accuracy": 0.7, "think_quality": 0.2, "format": 0.1},
