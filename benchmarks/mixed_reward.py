@@ -29,7 +29,7 @@ from sail_rl.data.pictures import question_row
 RUNS = Path("runs/mixed_reward")
 QUESTIONS = 1000
 SFT = ("data.reasoning={terse: 1, wordy: 4, careless: 3, hasty: 2}", "sft.max_completion_length=72")
-SFT_STEPS, STEPS, SHORT_STEPS = 400, 80, 2
+SFT_STEPS, STEPS, SHORT_STEPS = 400, 160, 2
 REWARDS = {
     "accuracy, format": {"accuracy": 0.9, "format": 0.1},
     "with judge": {"accuracy": 0.7, "think_quality": 0.2, "format": 0.1},
@@ -38,6 +38,7 @@ REWARDS = {
 COLUMNS = {
     "seed": "seed",
     "rewards": "rewards",
+    "steps": "steps",
     "accuracy": "accuracy",
     "length": "tokens",
     "sound": "sound",
@@ -108,17 +109,19 @@ def scene_judge() -> Iterator[str]:
 
 def row_of(seed: int, name: str, run: Path) -> dict[str, Any]:
     """Figures of a run's final model, on unseen questions and greedy."""
+    ended = json.loads((run / "summary.json").read_text())
     predictions = [json.loads(line) for line in (run / "predictions_after.jsonl").read_text().splitlines()]
     sound = [sound_prediction(prediction) for prediction in predictions]
     right = [s for s, prediction in zip(sound, predictions, strict=True) if prediction["correct"]]
     return {
         "seed": seed,
         "rewards": name,
+        "steps": ended["steps"],
         "accuracy": len(right) / len(predictions),
         "length": mean(prediction["length"] for prediction in predictions),
         "sound": mean(sound),
         "sound_of_right": mean(right) if right else None,
-        "seconds": json.loads((run / "summary.json").read_text())["seconds_this_stage"],
+        "seconds": ended["seconds_this_stage"],
     }
 
 

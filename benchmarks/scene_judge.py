@@ -47,14 +47,14 @@ def is_grounded(reasoning: str, cards: Cards) -> bool:
 
 
 def is_logically_sound(reasoning: str, question: str) -> bool:
-    """Whether the two numbers asked for are added, as they were read before, and rightly."""
+    """Whether the two numbers asked for are added, in any order, as they were read before, and rightly."""
     labels, sums = ASKED.search(question), SUM.findall(reasoning)
     readings = {label: int(digit) for label, digit in READING.findall(reasoning)}
     if labels is None or len(sums) != 1 or not set(labels.groups()) <= set(readings):
         return False
     first, second, total = map(int, sums[0])
     stated = [readings[label] for label in labels.groups()]
-    return [first, second] == stated and first + second == total == conclusion(reasoning)
+    return sorted([first, second]) == sorted(stated) and first + second == total == conclusion(reasoning)
 
 
 def is_consistent(reasoning: str, answer: str) -> bool:

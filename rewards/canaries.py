@@ -1,6 +1,7 @@
 """Texts without any reasoning which gullible judges reward. A judge that lets one of them through must not train."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rewards.answers import Completion
 from rewards.call import RewardError
@@ -26,7 +27,8 @@ def canary_questions(question: str, answer: str, images: tuple[str, ...]) -> lis
 def check_judge(judge: Judge, question: str, answer: str, images: Sequence[str]) -> None:
     """Refuse a judge that cannot be reached or that lets a canary through; raises RewardError."""
     asked = canary_questions(question, answer, tuple(images))
-    verdicts = judge.ask([check for _, check in asked])
+    # Not from the file of verdicts: another judge may answer under the same name by now.
+    verdicts = Judge(replace(judge.settings, cache=None)).ask([check for _, check in asked])
     where = f"the judge {judge.settings.model!r} at {judge.settings.base_url}"
     failures = failure_lines(verdicts)
     if failures:

@@ -24,7 +24,8 @@ def read_verdict(reply: Any, criterion: str) -> bool:
 def parse_verdict(text: str, criterion: str) -> bool:
     """The verdict of a reply's text; raises NoVerdict."""
     try:
-        pairs = json.loads(text, object_pairs_hook=list)
+        # Not strict about control characters inside the reason, which constrained decoding lets through.
+        pairs = json.loads(text, object_pairs_hook=list, strict=False)
     except (ValueError, RecursionError):
         raise NoVerdict(f"reply: not JSON: {quoted(text)}") from None
     is_object = isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)

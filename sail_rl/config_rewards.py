@@ -31,7 +31,7 @@ class JudgeSection(Section):
     model: Annotated[str, Field(min_length=1)]
     """Under which name the endpoint serves it."""
     api_key_env: Annotated[str, Field(min_length=1)] | None = None
-    """The environment variable that holds the key; none is sent when left out."""
+    """The environment variable that holds the key; `none` is sent as the key when left out."""
     concurrency: Annotated[int, Field(ge=1)] = 32
     """Most questions on their way at once, for each process."""
     call_seconds: Annotated[float, Field(gt=0)] = 60.0

@@ -214,6 +214,7 @@ def test_what_is_not_exactly_the_verdict_is_none(text):
 def test_a_verdict_is_read():
     assert parse_verdict(' {"reason": "x", "is_fine": true}\n', "is_fine") is True
     assert parse_verdict('{"is_fine": false, "reason": ""}', "is_fine") is False
+    assert parse_verdict('{"reason": "two\nlines\x1a", "is_fine": true}', "is_fine") is True
 
 
 ATTACKS = (
@@ -254,8 +255,11 @@ def canary_check(script):
         check_judge(judge_of(server), "What is A plus B?", "7", [])
 
 
-def test_a_strict_judge_may_begin():
-    canary_check(lambda body, number: verdict(False))
+def test_a_strict_judge_may_begin_and_is_asked_at_every_start(tmp_path):
+    with serve(lambda body, number: verdict(False)) as server:
+        for _ in range(2):
+            check_judge(judge_of(server, cache=tmp_path / "verdicts.sqlite"), "What is A plus B?", "7", [])
+        assert len(server.requests) == 2 * 21
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """From rewards to one number: sum and product by hand, what None means, and that a judge is not asked in vain."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,8 +9,10 @@ from rewards.judge import Judge, Judgement, JudgeSettings
 from rewards.load import Reward, RewardError
 from rewards.mix import Mixing, check_mix
 from rewards.score import score
-from sail_rl.command_line import BadInput, load_recipe
+from sail_rl.checkpoint import Progress
+from sail_rl.command_line import BadInput, load_recipe, recipe_text
 from sail_rl.config import GrpoRecipe
+from sail_rl.scoring import Outcome, count_failures, load_rewards
 
 NOWHERE = Judge(JudgeSettings("http://127.0.0.1:9/v1", "m"))
 PRODUCT = Mixing("product", 0.9, ("accuracy", "judging", "think_quality"))
@@ -150,3 +153,47 @@ def test_a_recipe_with_a_bad_mix_is_refused(tmp_path):
     overrides = ["rewards=[{function: accuracy, weight: 0.1}, {function: conciseness, weight: 0.1}]"]
     with pytest.raises(BadInput, match=r"rewards: with weights accuracy 0\.1, conciseness 0\.1"):
         load_recipe(GrpoRecipe, "recipes/quickstart.yaml", overrides)
+
+
+def test_a_recipe_gives_its_rewards_what_they_need(tmp_path, monkeypatch):
+    overrides = [f"output_dir={tmp_path}", "judge.api_key_env=OUR_KEY"]
+    recipe = load_recipe(GrpoRecipe, "recipes/quickstart_mixed.yaml", overrides)
+    with pytest.raises(BadInput, match=r"judge\.api_key_env = 'OUR_KEY': there is no such environment variable"):
+        load_rewards(recipe)
+    monkeypatch.setenv("OUR_KEY", "secret")
+    rewards = {reward.name: reward for reward in load_rewards(recipe)}
+    assert rewards["conciseness"].arguments == {"max_length": 72, "least_unit": 16}
+    settings = rewards["think_quality"].arguments["judge"].settings
+    assert (settings.model, settings.api_key, settings.batch_seconds) == ("scene", "secret", 60)
+    assert settings.cache == tmp_path / "judge_cache.sqlite"
+    assert "secret" not in recipe_text(recipe)
+    assert [name for name, reward in rewards.items() if reward.asks_judge] == ["think_quality"]
+    without = load_recipe(GrpoRecipe, "recipes/quickstart_mixed.yaml", [*overrides, "judge=null"])
+    with pytest.raises(BadInput, match="reward 'think_quality' asks a judge: name one in the section judge"):
+        load_rewards(without)
+
+
+def counted(when_failing, steps):
+    """What is kept after steps of eight completions, of which the judge was asked about five and missed so many."""
+    recipe = load_recipe(GrpoRecipe, "recipes/quickstart_mixed.yaml", [f"judge.when_failing={when_failing}"])
+    run, rewards, progress = SimpleNamespace(recipe=recipe), load_rewards(recipe), Progress()
+    fine = {reward.name: 1.0 for reward in rewards}
+    for missing in steps:
+        values = [None] * (3 + missing) + [1.0] * (5 - missing)
+        failed = [False] * 3 + [True] * missing + [False] * (5 - missing)
+        outcomes = [
+            Outcome(9, False, 1.0, fine | {"think_quality": v}, dict.fromkeys(fine, False) | {"think_quality": f})
+            for v, f in zip(values, failed, strict=True)
+        ]
+        progress = progress.after(**count_failures(run, rewards, progress, outcomes, ["reward 'x': status: 500"]))
+    return progress
+
+
+def test_how_long_a_judge_may_fail():
+    for failing in ("stop", "continue"):
+        assert [counted(failing, (1, 2, 5, 1, 2)[:n]).judge_failing for n in range(6)] == [0, 0, 1, 2, 0, 1]
+    went_on = counted("continue", (2, 5, 2, 2))
+    assert (went_on.judge_failing, went_on.reward_failures["think_quality"], went_on.completions_scored) == (4, 11, 32)
+    expected = "no verdict on 40% of what it was asked, .* 3 steps in a row; the last error: reward 'x': status: 500"
+    with pytest.raises(BadInput, match=expected):
+        counted("stop", (1, 2, 5, 2))

@@ -55,6 +55,7 @@ def test_the_traces_of_the_teachers(kind):
     ("reasoning", "answer", "expected"),
     [
         ("A 3, B 1, C 2, D 5. 3 + 5 = 8.", "8", (True, True, True)),
+        ("A 3, B 1, C 2, D 5. 5 + 3 = 8.", "8", (True, True, True)),
         ("A 3, B 1, C 2, D 5. 3 + 5 = 8.", "9", (True, True, False)),
         ("A 3, B 1, C 2, D 5. 3 + 5 = 9.", "9", (False, True, True)),
         ("A 3, B 1, C 2, D 4. 3 + 4 = 7.", "7", (True, False, True)),
@@ -140,6 +141,7 @@ def test_a_judge_that_stays_down_ends_the_run(start, tmp_path):
     assert [record["rewards/asked/failed"] for record in metrics_of(run)] == [0, 0, 16, 16, 0, 0]
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_without_its_judge(start, tmp_path):
     with serve(fails_after(1)) as server:
         result = train(tmp_path / "run", start, server.url, "judge.when_failing=continue", "judge.breaker=5")
