@@ -199,6 +199,8 @@ def _same_number(gold: str, answer: str, terms: Terms) -> bool:
     if factor is None:
         return False
     left, right = read_number(gold_number), read_number(answer_number)
+    if left and right and (left.percent or right.percent) and (gold_unit.powers or answer_unit.powers):
+        return False  # a percentage is no quantity
     if left and right:
         return agree(left, Number(right.value * factor, right.digits, right.percent), terms.tolerance)
     if factor != 1 or symbolic.symbols(answer_number) or re.search(r"[,;]|\\(?:pm|infty)\b", answer_number):
