@@ -120,7 +120,7 @@ def count_failures(progress: Progress, outcomes: Sequence[Outcome], errors: Sequ
         for name in outcomes[0].failed
     }
     for error in errors:
-        print(f"warning: {error}; its completions are masked", file=sys.stderr, flush=True)
+        print(f"warning: {error}; what it fails on is masked", file=sys.stderr, flush=True)
     for name, failed in counts.items():
         if failed > MOST_FAILED * scored:
             raise BadInput(
