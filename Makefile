@@ -61,6 +61,7 @@ bench: install
 	$(BIN)/python benchmarks/rollout_speed.py --short
 	$(BIN)/python benchmarks/attention.py --short
 	$(BIN)/python benchmarks/kernels.py --short
+	$(BIN)/python benchmarks/rewards.py --short
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

@@ -20,12 +20,12 @@ from statistics import mean
 import numpy as np
 from PIL import Image
 
+from benchmarks.common import RESULTS
 from sail_rl.config_data import DataSection, FileSource, PictureSource
 from sail_rl.data.sources import Rows, open_rows
 from sail_rl.data.stream import RowStream, Shard
 from sail_rl.data.workers import Workers, packed
 
-RESULTS = Path("benchmarks/results")
 PICTURES, STEPS = 8, 6
 
 

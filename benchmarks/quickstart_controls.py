@@ -17,12 +17,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from benchmarks.common import RESULTS
 from sail_rl.command_line import load_recipe
 from sail_rl.config import GrpoRecipe
 from sail_rl.data.pictures import question_row
 
 RUNS = Path("runs/controls")
-RESULTS = Path("benchmarks/results")
 SHUFFLED = "rewards=[{function: benchmarks/shuffled_rewards.py:shuffled, weight: 1.0}]"
 
 

@@ -34,6 +34,7 @@ ANSWER_TYPES = {
 }
 # As a gold without unit this is a list of two: 1,2 and 10,20; not thousands, and not 0,25.
 _LIST_OR_DECIMAL = re.compile(r"(?!0,\d\d)-?\d+,(?!\d{3}$)\d+")
+_RATIONAL = re.compile(r"(?:[\d\s.,:;+\-*/^!(){}%]|\\frac)*")
 _TRIGONOMETRY = re.compile(r"(?:sin|cos|tan|cot|sec|csc)\b")  # behind it, degrees belong to the number
 _SUBSCRIPT = re.compile(r"_\{?(\w+)\}?")
 _WORD = re.compile(r"(?<![^\W_])[^\W\d_]{2,}|[一-鿿]")
@@ -199,10 +200,14 @@ def _same_number(gold: str, answer: str, terms: Terms) -> bool:
     if factor is None:
         return False
     left, right = read_number(gold_number), read_number(answer_number)
+    if left and right and (left.percent or right.percent) and (gold_unit.powers or answer_unit.powers):
+        return False  # a percentage is no quantity
     if left and right:
         return agree(left, Number(right.value * factor, right.digits, right.percent), terms.tolerance)
     if factor != 1 or symbolic.symbols(answer_number) or re.search(r"[,;]|\\(?:pm|infty)\b", answer_number):
         return False
+    if left and _RATIONAL.fullmatch(answer_number) and not symbolic.refused(answer_number):
+        return False  # algebra could not read it either
     return _same_constant(gold_number, answer_number, left, right, terms)
 
 

@@ -58,6 +58,7 @@ _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
     (re.compile(r"\\lt" + _LETTER_END), "<"),
     (re.compile(r"\\gt" + _LETTER_END), ">"),
     (re.compile(r"\\neq" + _LETTER_END + r"|!="), r"\\ne "),
+    (re.compile(r"(?<=[\d}])\s*(?:per\s?cent|pct)\b", re.IGNORECASE), "%"),
     (re.compile(r"=="), "="),
     (re.compile(r"\\([%$#_&])"), r"\1"),
     (re.compile(r"\\(?:euro|EUR)" + _LETTER_END), "€"),

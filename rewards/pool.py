@@ -78,6 +78,8 @@ class Pool:
             self._queue.put(None)
         for process in processes:
             process.process.kill()
+        for process in processes:
+            process.process.wait()
         atexit.unregister(self.close)
 
     def _start_threads(self, wanted: int) -> None:

@@ -36,7 +36,9 @@ class Remote:
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise RewardError(f"a column cannot be passed between processes ({error}); set in_process: true") from error
         if result.problem == Outcome.TIMEOUT:
-            raise TookTooLong(f"took more than {self.timeout:g} s of CPU time (key `timeout`)")
+            raise TookTooLong(
+                f"took more than {self.timeout:g} s of CPU time (key `timeout`); what alone takes as long scores 0"
+            )
         if result.problem:
             raise RewardError(result.why)
         if result.done.error:

@@ -155,7 +155,7 @@ def count_failures(
     """What `progress` keeps of failures; stops when a rule or the judge has failed more often than it may."""
     judged = tuple(f"reward {reward.name!r}" for reward in rewards if reward.asks_judge)
     for error in errors:
-        what = "its term is left out of these groups" if error.startswith(judged) else "its completions are masked"
+        what = "its term is left out of these groups" if error.startswith(judged) else "what it fails on is masked"
         print(f"warning: {error}; {what}", file=sys.stderr, flush=True)
     last = f"; the last error: {errors[-1]}" if errors else ""
     scored = progress.completions_scored + len(outcomes)

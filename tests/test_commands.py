@@ -39,11 +39,20 @@ def test_run_folder_says_all(trained):
     assert [record["step"] for record in records(run)] == [1, 2]
     expected = {"loss", "reward", "rewards/accuracy/mean", "rewards/spread/mean", "rewards/spread/std", "entropy"}
     expected |= {"clip_fraction", "grad_norm", "groups/dropped", "completion/length", "tokens_per_second"}
+    expected |= {f"rewards/{name}/seconds_{mark}" for name in ("accuracy", "spread") for mark in ("p50", "p99", "max")}
+    expected |= {"rewards/spread/count/scored", "rewards/spread/share/scored"}
     expected |= {"seconds/rollout", "seconds/reward", "seconds/update", "learning_rate"}
     assert expected <= records(run)[0].keys()
     summary = json.loads((run / "summary.json").read_text())
     assert {"accuracy_before", "accuracy_after", "steps", "seconds"} <= summary.keys()
-    for name in ("config.yaml", "environment.json", "report.html", "predictions_before.jsonl", "final/config.json"):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "report.html",
+        "predictions_before.jsonl",
+        "final/config.json",
+        "verdicts.jsonl",
+    ):
         assert (run / name).is_file(), name
     prediction = json.loads((run / "predictions_after.jsonl").read_text().splitlines()[0])
     assert {"id", "question", "answer", "completion", "correct"} <= prediction.keys()

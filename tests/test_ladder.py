@@ -40,6 +40,70 @@ COMPLETIONS = [
     (["1", "2"], r"\boxed{2,1}", True),
 ]
 
+# gold, the type that its row names, answer, is it right
+TYPED = [
+    ("5", "integer", "5.0", True),
+    ("5", "integer", "five", True),
+    ("5", "float", "5 cm", True),
+    ("0.5", "percent", "50%", True),
+    ("50", "percent", "50%", True),
+    ("1/2", "fraction", "0.5", True),
+    ("yes", "yes_no", "Yes", True),
+    ("yes", "bool", "no", False),
+    ("True", "boolean", "true", True),
+    ("2", "text", "2.0", False),
+    ("2", "text", "2", True),
+    ("10 Downing St", "text", "10 downing st.", True),
+    ("B", "text", "b", True),
+    ("B", "mcq", "(B)", True),
+    ("b", "letter", "B", True),
+    ("A,B", "letters", "AB", True),
+    ("(1,2)", "tuple", "(1,2)", True),
+    ("(1,2)", "interval", "1<x<2", True),
+    ("{1,2}", "set", "2,1", True),
+    ("1,2", "list", "2,1", True),
+    ("x+1", "expression", "1+x", True),
+    ("x=1", "equation", "1", True),
+    ("12 cm", "unit", "0.12m", True),
+    ("12 cm", "quantity", "12", True),
+    ("3:30", "text", "3:30", True),
+    ("3:30 pm", "text", "3:30 p.m.", True),
+    ("5", "number", "x=5", True),
+    ("5", "number", "5,6", False),
+    ("I", "letter", "I", True),
+    ("J", "letter", "J", True),
+    ("Z", "letter", "z", True),
+    ("E", "letter", "5", False),
+    ("5", "str", "5", True),
+    ("12", "int", "１２", True),
+    ("三", "text", "三", True),
+    ("红色", "text", "红色。", True),
+]
+
+# gold, options, answer, is it right
+OPTIONS = [
+    ("A", ["3", "4", "5", "6"], "3", True),
+    ("A", ["3", "4", "5", "6"], "4", False),
+    ("B", ["3 cm", "4 cm", "5 cm", "6 cm"], "4", True),
+    ("B", ["A. red", "B. blue", "C. green"], "blue", True),
+    ("blue", ["red", "blue"], "B", True),
+    ("blue", ["red", "blue"], "Blue", True),
+    ("4", ["3", "4", "5", "6"], "B", True),
+    ("4", ["3", "4", "5", "6"], "4", True),
+    ("4", ["3", "4", "5", "6"], "D", False),
+    ("C", ["A", "B", "C", "D"], "C", True),
+    ("A", {"A": "x", "B": "y"}, "x", True),
+    ("A", ["Yes", "No"], "Yes", True),
+    ("A", ["Yes", "No"], "A. Yes", True),
+    ("A", ["Yes", "No"], "A. No", False),
+    ("A", ["\\frac{1}{2}", "2"], "0.5", True),
+    ("AC", ["1", "2", "3"], "A,C", True),
+    ("E", ["1", "2", "3", "4", "5"], "E", True),
+    ("D", None, "D", True),
+    ("1", ["1", "2", "3", "4"], "A", True),
+    ("A", ["1", "2"], "1", True),
+]
+
 TYPES = [
     ("(B)", "choice"),
     ("AC", "choice"),
@@ -87,6 +151,16 @@ def test_answers():
     rows = [(one["gold"], text, side == "right") for one in lines for side in ("right", "wrong") for text in one[side]]
     scores = accuracy_reward([rf"\boxed{{{text}}}" for _, text, _ in rows], answer=[gold for gold, _, _ in rows])
     assert [row for row, score in zip(rows, scores, strict=True) if score != float(row[2])] == []
+
+
+def test_named_types_and_options():
+    answers = [rf"\boxed{{{answer}}}" for *_, answer, _ in TYPED]
+    scores = accuracy_reward(answers, answer=[row[0] for row in TYPED], answer_type=[row[1] for row in TYPED])
+    assert [row for row, score in zip(TYPED, scores, strict=True) if score != float(row[3])] == []
+    assert check_golds([Row(gold, kind) for gold, kind, _, _ in TYPED]) == [None] * len(TYPED)
+    answers = [rf"\boxed{{{answer}}}" for *_, answer, _ in OPTIONS]
+    scores = accuracy_reward(answers, answer=[row[0] for row in OPTIONS], options=[row[1] for row in OPTIONS])
+    assert [row for row, score in zip(OPTIONS, scores, strict=True) if score != float(row[3])] == []
 
 
 @pytest.mark.parametrize(("gold", "completion", "right"), COMPLETIONS)

@@ -217,6 +217,23 @@ def test_the_same_verdicts_everywhere():
     algebra_pool.close()
 
 
+@pytest.mark.parametrize(
+    ("limit", "value", "outcome"),
+    [("CPU_SECONDS", 0.0, Outcome.TIMEOUT), ("WALL_SECONDS", None, Outcome.INFRA_ERROR)],
+)
+def test_limits_of_algebra(monkeypatch, limit, value, outcome):
+    algebra_pool.use_workers(1)
+    monkeypatch.setattr(algebra_pool, limit, 1e-5)
+    rows = {"completions": [r"\boxed{(x+1)^2}", r"\boxed{5}"], "answer": ["x^2+2x+1", "5"]}
+    verdict, exact = accuracy_verdicts(**rows)
+    assert (verdict.value, verdict.outcome) == (value, outcome)
+    assert exact.outcome == Outcome.CORRECT
+    scores = score([load_reward("accuracy", "accuracy", 1.0, {})], rows, 2)
+    assert scores.totals == [value, 1.0]
+    assert scores.failed["accuracy"] == [outcome == Outcome.INFRA_ERROR, False]
+    algebra_pool.close()
+
+
 def test_exact_types_start_no_process_and_replies_are_remembered(monkeypatch):
     algebra_pool.close()
     exact = [("12", "12"), ("12 cm", "0.12 m"), ("B", "(B)"), ("1,2", "2,1"), ("yes", "Yes"), ("1/3", "0.333333")]
