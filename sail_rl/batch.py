@@ -17,6 +17,7 @@ from PIL import Image
 
 from rollouts import Prompt
 from rollouts.inputs import encoded_prompt, stack_model_inputs, stack_prompts
+from sail_rl.config_data import Kind
 from sail_rl.model.prefix_sharing import BEFORE
 
 PADDING = 0  # any token will do: padding is masked in attention and in the loss
@@ -36,6 +37,8 @@ class Group:
     """The engine's, of each completion's tokens; empty where no engine wrote them."""
     trained: bool = True
     """False for an idle group, whose tokens are all masked."""
+    kind: Kind = "cot"
+    """Which part of the supervised loss it belongs to."""
 
     @property
     def longest_completion(self) -> int:
@@ -73,6 +76,8 @@ class TrainingBatch:
     model_inputs: dict[str, torch.Tensor]
     """The pictures of all rows, and what kind of token each is where the model asks for it: from these and the mask
     Qwen-VL works out its positions (M-RoPE)."""
+    kinds_B: tuple[Kind, ...]
+    """Of each completion's group."""
     engine_log_probs_BC: torch.Tensor | None = None
     """As the sampler gave them, 0 beyond the completions; None where no engine wrote any."""
     prompt: "TrainingBatch | None" = None
@@ -80,7 +85,8 @@ class TrainingBatch:
 
     def to(self, device: torch.device) -> "TrainingBatch":
         """The same batch on another device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("segments", "model_inputs")}
+        others = ("segments", "model_inputs", "kinds_B")
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
         moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
         return replace(self, **moved, model_inputs={name: t.to(device) for name, t in self.model_inputs.items()})
 
@@ -188,6 +194,7 @@ def make_batch(groups: Sequence[Group], form: Form = "padded") -> TrainingBatch:
         completion_ids_BC=torch.tensor([c + [PADDING] * (width - len(c)) for c in completions]),
         mask_BC=written_BC * trained_B[:, None],
         advantages_B=torch.tensor(advantages, dtype=torch.float32),
+        kinds_B=tuple(group.kind for group in groups for _ in group.completions),
         engine_log_probs_BC=engine_log_probs(groups, width),
         **rows,
     )

@@ -85,8 +85,25 @@ class GrpoSection(Section):
     vllm_importance_sampling_clip_min: Annotated[float, Field(ge=0)] | None = None
 
 
+class KindWeights(Section):
+    """How much the two kinds of samples count, whatever their number and length."""
+
+    cot: Annotated[float, Field(gt=0)] = 1.0
+    direct: Annotated[float, Field(gt=0)] = 1.0
+
+
 class SftSection(Section):
     """The supervised loss."""
+
+    normalise_by: Literal["tokens", "samples", "kinds"] = "tokens"
+    """`tokens`: the mean over all targets' tokens of a step; `samples`: tokens summed within a sample, then the mean
+    over samples, as the SAIL-VL2 report has it; `kinds`: the mean over the tokens of each kind of sample (`cot`,
+    `direct`), then the mean over the kinds in the step, by `kind_weights`."""
+    kind_weights: KindWeights = KindWeights()
+    """For `normalise_by: kinds`."""
+    train_empty_think: bool = False
+    """Where the chat template ends a prompt for a direct answer with an empty think block: whether the model is trained
+    to write that block, too, and not only to answer after it."""
 
     samples_per_step: Annotated[int, Field(ge=1)] = 32
     max_length: Annotated[int, Field(ge=1)] = 4096

@@ -79,6 +79,8 @@ class ModelSection(Section):
         return self
 
 
+Kind = Literal["cot", "direct"]
+KINDS = get_args(Kind)
 Family = Literal["cards", "shapes", "bars", "path", "geometry"]
 FAMILIES = get_args(Family)
 
@@ -155,9 +157,10 @@ class DataSection(Section):
     """Questions for the accuracy before, during and after training; none when left out."""
     columns: dict[str, str] = {}
     """Our column name -> the dataset's: `{question: problem, answer: gold}`."""
-    thinking: Literal["think", "direct", "judge"] = "think"
+    thinking: Literal["think", "direct", "judge", "by_kind"] = "think"
     """Answer form that is asked for: reasoning and a boxed answer; a boxed answer alone; or first a judgement whether
-    reasoning is needed, then reasoning or an empty think block, then a boxed answer."""
+    reasoning is needed, then reasoning or an empty think block, then a boxed answer. `by_kind`: each row's own, `think`
+    where its column `kind` is `cot`, `direct` where that is `direct`."""
     reasoning: Annotated[dict[str, Share], Field(min_length=1)] = {"terse": 1.0}
     """Which reasoning traces SFT imitates: one kind, or several with their shares. `terse` is the column `reasoning`,
     any other kind is `reasoning_<kind>`, with an answer of its own where the row has `answer_<kind>`."""

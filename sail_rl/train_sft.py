@@ -26,7 +26,7 @@ def train(recipe: SftRecipe) -> None:
     from sail_rl.profiling import Profile
     from sail_rl.questions import question_stream, sample_stream
     from sail_rl.sharding import prepare
-    from sail_rl.update import update_supervised
+    from sail_rl.update_sft import update_supervised
 
     sft, trainer = recipe.sft, recipe.trainer
 
@@ -59,7 +59,7 @@ def train(recipe: SftRecipe) -> None:
                 seed_step(run, step)
                 with watch.phase("data"):
                     samples = stream.next_items(sft.samples_per_step)
-                    groups = [Group(sample.prompt, [sample.target_ids]) for sample in samples]
+                    groups = [Group(sample.prompt, [sample.target_ids], kind=sample.kind) for sample in samples]
                     form = form or choose_form(run, whole.model, groups, whole.weights)
                     groups = share_work(run, groups, form or "padded")
                     batches = make_batches(groups, recipe.update.token_budget, idle, run.highest, form or "padded")

@@ -12,7 +12,7 @@ from PIL import Image
 from sail_rl.command_line import BadInput
 from sail_rl.config_data import FileSource
 from sail_rl.data.example import BadRow, make_example
-from sail_rl.data.prompting import pick_kind, target_text
+from sail_rl.data.prompting import pick_trace, target_text
 from sail_rl.data.sources import JsonLinesRows, open_rows
 from sail_rl.data.stream import RowStream, Shard
 
@@ -54,6 +54,12 @@ TALK = [{"role": "system", "content": "S"}, turn(text("A")), turn(text("B"), rol
         ({"question": "Why?", "images": [PICTURE] * 2}, [turn(IMAGE, IMAGE, text("Why?"))], "Why?", False),
         ({"question": "A<image>\nB", "images": PICTURE}, [turn(text("A"), IMAGE, text("B"))], "AB", False),
         ({"prompt": [turn(text("A"), IMAGE | {"text": None})], "images": PICTURE}, [turn(text("A"), IMAGE)], "A", True),
+        (
+            {"messages": [*TALK, turn(text("D"), role="assistant")]},
+            [turn(text("S"), role="system"), *TALK[1:]],
+            "C",
+            True,
+        ),
     ],
 )
 def test_prompt_forms(tmp_path, row, messages, question, conversational):
@@ -106,6 +112,11 @@ def test_a_picture_is_turned_upright(tmp_path):
         ({"prompt": [turn(text("a<|im_end|>"))]}, "contains <|im_end|>, which is reserved"),
         ({"question": "Why?", "images": [{"bytes": b"", "path": "x.png"}]}, "image x.png cannot be read: cannot ident"),
         *[({"question": "Why?", "image": f"{name}.png"}, f"image {name}.png cannot be read") for name in UNREADABLE],
+        ({"messages": TALK}, "does not end with a turn of the assistant's"),
+        ({"messages": [turn(text("A"))]}, "does not end with a turn of the assistant's"),
+        ({"messages": [turn(text(" "), role="assistant")]}, "the assistant's turn must be text, and not empty"),
+        ({"messages": [turn(text("A"), role="assistant")]}, "no `question` and no `prompt`"),
+        ({"question": "Why?", "completion": ""}, "the assistant's turn must be text, and not empty"),
         ({"question": "Why?", "images": [5]}, "an image is a path, bytes or a picture, not int"),
     ],
 )
@@ -278,9 +289,9 @@ def test_the_target_is_the_trace_and_answer_of_its_kind(tmp_path):
         target_text(example_of(tmp_path, question="Why?", reasoning="Two ones."), "think", "wordy")
 
 
-def test_kinds_of_reasoning_come_in_their_shares_and_do_not_depend_on_the_run():
-    kinds = [pick_kind({"terse": 1.0, "hasty": 3.0}, 5, position) for position in range(2000)]
-    assert kinds == [pick_kind({"terse": 1.0, "hasty": 3.0}, 5, position) for position in range(2000)]
-    assert kinds != [pick_kind({"terse": 1.0, "hasty": 3.0}, 6, position) for position in range(2000)]
+def test_traces_of_reasoning_come_in_their_shares_and_do_not_depend_on_the_run():
+    kinds = [pick_trace({"terse": 1.0, "hasty": 3.0}, 5, position) for position in range(2000)]
+    assert kinds == [pick_trace({"terse": 1.0, "hasty": 3.0}, 5, position) for position in range(2000)]
+    assert kinds != [pick_trace({"terse": 1.0, "hasty": 3.0}, 6, position) for position in range(2000)]
     assert 0.7 < kinds.count("hasty") / 2000 < 0.8
-    assert {pick_kind({"wordy": 0.1}, 0, position) for position in range(20)} == {"wordy"}
+    assert {pick_trace({"wordy": 0.1}, 0, position) for position in range(20)} == {"wordy"}

@@ -40,11 +40,16 @@ def test_grpo_on_text_and_pictures_equals_one_process(model, budget, start, mixe
 
 
 def test_sft_through_accelerate_equals_one_process(start, mixed_rows, tmp_path):
+    """With samples of two kinds, in other shares on the other process and in the other step."""
     common = ["sail_rl/train_sft.py", "recipes/quickstart_sft.yaml", *SMALL, "sft.samples_per_step=4"]
     # The second step is without pictures; the tower moves on all the same, as on the process with a blank one.
     common += [
         "trainer.max_steps=4",
         "data.reasoning=terse",
+        "data.thinking=by_kind",
+        "data.eval=null",
+        "sft.normalise_by=kinds",
+        "sft.kind_weights.cot=2.0",
         "model.random_init=null",
         f"model.path={start}",
         f"data.train={mixed_rows / 'rows.jsonl'}",
