@@ -162,6 +162,21 @@ class TrainerSection(Section):
     log_with: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
 
 
+class SftTrainerSection(TrainerSection):
+    """The run itself, as long as steps or passes over the data say."""
+
+    max_steps: Annotated[int, Field(ge=1)] = 0
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
+    """In the place of `max_steps`: passes over data.train. With weights, a pass is as many samples as all sources have
+    rows."""
+
+    @model_validator(mode="after")
+    def one_length(self):
+        if (self.max_steps == 0) == (self.num_train_epochs is None):
+            raise ValueError("give exactly one of `max_steps` and `num_train_epochs`")
+        return self
+
+
 class CommonRecipe(Section):
     """What both trainers share."""
 
@@ -199,4 +214,5 @@ class GrpoRecipe(CommonRecipe):
 class SftRecipe(CommonRecipe):
     """A recipe of train_sft.py."""
 
+    trainer: SftTrainerSection
     sft: SftSection = SftSection()

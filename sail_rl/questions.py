@@ -14,8 +14,8 @@ from sail_rl.config import SftRecipe
 from sail_rl.config_data import DataSection
 from sail_rl.data.example import Example
 from sail_rl.data.images import BadRow
+from sail_rl.data.mixture import open_sources
 from sail_rl.data.prompting import Sample, answer_form, make_prompt, make_sample, pick_trace
-from sail_rl.data.sources import open_rows
 from sail_rl.data.stream import RowStream
 from sail_rl.launch import Run
 
@@ -67,11 +67,10 @@ def place_sample(example: Example, position: int, processor, recipe: SftRecipe) 
 def checked_stream(run: Run, part: str, prepare: Callable[[Example, int], Item]) -> RowStream[Item]:
     """A stream over a source of the recipe, its rows checked as far as can be without decoding pictures."""
     data = run.recipe.data
-    source = data.train if part == "train" else data.eval
+    sources, split = (data.train_sources, "train") if part == "train" else (data.eval_sources, "validation")
     stream = RowStream(
-        open_rows(source, "train" if part == "train" else "validation", f"data.{part}"),
+        open_sources(sources, data.columns, split, f"data.{part}"),
         prepare,
-        columns=data.columns,
         seed=run.recipe.seed,
         shuffle=data.shuffle and part == "train",
         max_bad_rows=data.max_bad_rows,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from sail_rl.data.example import make_example
-from sail_rl.data.sources import Rows
+from sail_rl.data.mixture import JoinedRows
 from sail_rl.data.workers import Workers
 
 Item = TypeVar("Item")
@@ -16,17 +16,21 @@ Item = TypeVar("Item")
 class RowLoader(Generic[Item]):
     """Prepares rows, here or in a worker. What it gives depends on position and row alone, not on when it is asked."""
 
-    rows: Rows
+    rows: JoinedRows
     prepare: Callable[[Any, int], Item]
     """From an example and its position to the item."""
-    columns: dict[str, str]
     video_frames: int
 
     def load(self, position: int, index: int) -> Item:
         """The item of a row, its pictures decoded; raises BadRow."""
-        row = self.rows.row(index)
-        example = make_example(row, f"row {index + 1}", self.columns, self.rows.folder, self.video_frames)
+        part, number = self.rows.locate(index)
+        row, folder = part.row(number), part.rows.folder
+        example = make_example(row, f"row {number + 1}", part.columns, folder, self.video_frames)
         return self.prepare(example, position)
+
+    def row_name(self, index: int) -> str:
+        """For messages."""
+        return self.rows.row_name(index)
 
 
 class Ahead(Generic[Item]):
@@ -34,7 +38,7 @@ class Ahead(Generic[Item]):
 
     def __init__(self, workers: Workers, loader: RowLoader[Item]):
         self._workers = workers
-        self._source = workers.add(loader.rows.name, loader)
+        self._source = workers.add(loader)
         self._coming: dict[int, Future] = {}
 
     def expect(self, places: Sequence[tuple[int, int]]) -> None:
