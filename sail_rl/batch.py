@@ -141,6 +141,8 @@ def rows_after_prompt(group: Group) -> dict:
 def split_by_token_budget(groups: Sequence[Group], token_budget: int, form: Form = "padded") -> list[list[Group]]:
     """Groups per micro-batch, within the budget of tokens; a group beyond it is cut, down to single completions."""
     pieces = [piece for group in groups for piece in cut(group, token_budget, form)]
+    if form != "padded":
+        return fill_rows(pieces, token_budget, form)
     ordered = sorted(pieces, key=lambda group: (len(group.prompt.token_ids), group.longest_completion))
     parts: list[list[Group]] = []
     for group in ordered:
@@ -148,6 +150,23 @@ def split_by_token_budget(groups: Sequence[Group], token_budget: int, form: Form
             parts[-1].append(group)
         else:
             parts.append([group])
+    return parts
+
+
+def fill_rows(groups: Sequence[Group], token_budget: int, form: Form) -> list[list[Group]]:
+    """Groups per row, the largest first, each into the row that it fills best: no long one is left over for the end."""
+    parts: list[list[Group]] = []
+    room: list[int] = []
+    for group in sorted(groups, key=lambda group: size([group], form), reverse=True):
+        cost = size([group], form)
+        fitting = [number for number, left in enumerate(room) if cost <= left]
+        if fitting:
+            best = min(fitting, key=room.__getitem__)
+            parts[best].append(group)
+            room[best] -= cost
+        else:
+            parts.append([group])
+            room.append(token_budget - cost)
     return parts
 
 
