@@ -22,6 +22,7 @@ from PIL import Image
 
 from benchmarks.common import RESULTS
 from sail_rl.config_data import DataSection, FileSource, PictureSource
+from sail_rl.data.mixture import JoinedRows, Part
 from sail_rl.data.sources import Rows, open_rows
 from sail_rl.data.stream import RowStream, Shard
 from sail_rl.data.workers import Workers, packed
@@ -81,9 +82,9 @@ def measure(rows: Rows, processor, count: int, arguments: argparse.Namespace) ->
 
     data = DataSection(train="pictures", max_prompt_length=8192)
     workers = Workers(count) if count else None
-    options = {"columns": {}, "seed": 0, "shuffle": True, "max_bad_rows": 0, "quarantine_file": None}
+    options = {"seed": 0, "shuffle": True, "max_bad_rows": 0, "quarantine_file": None}
     prepare = partial(make_question, processor=processor, data=data)
-    stream = RowStream(rows, prepare, **options, shard=Shard(), workers=workers)
+    stream = RowStream(JoinedRows([Part(rows)]), prepare, **options, shard=Shard(), workers=workers)
     waited = []
     for _ in range(STEPS):
         started = time.perf_counter()

@@ -17,6 +17,7 @@ from PIL import Image
 
 from rollouts import Prompt
 from rollouts.inputs import encoded_prompt, pad_left, stack_model_inputs, stack_prompts
+from sail_rl.config_data import Kind
 from sail_rl.model.prefix_sharing import BEFORE
 
 PADDING = 0  # any token will do: padding is masked in attention and in the loss
@@ -36,6 +37,8 @@ class Group:
     """The engine's, of each completion's tokens; empty where no engine wrote them."""
     trained: bool = True
     """False for an idle group, whose tokens are all masked."""
+    kind: Kind = "cot"
+    """Which part of the supervised loss it belongs to."""
 
     @property
     def longest_completion(self) -> int:
@@ -75,6 +78,8 @@ class TrainingBatch:
     model_inputs: dict[str, torch.Tensor]
     """The pictures of all rows, and what kind of token each is where the model asks for it: from these and the mask
     Qwen-VL works out its positions (M-RoPE)."""
+    kinds_B: tuple[Kind, ...]
+    """Of each completion's group."""
     engine_log_probs_BC: torch.Tensor | None = None
     """As the sampler gave them, 0 beyond the completions; None where no engine wrote any."""
     prompt: "TrainingBatch | None" = None
@@ -82,7 +87,8 @@ class TrainingBatch:
 
     def to(self, device: torch.device) -> "TrainingBatch":
         """The same batch on another device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("segments", "model_inputs")}
+        others = ("segments", "model_inputs", "kinds_B")
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
         moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
         return replace(self, **moved, model_inputs={name: t.to(device) for name, t in self.model_inputs.items()})
 
@@ -142,6 +148,8 @@ def rows_after_prompt(group: Group) -> dict:
 def split_by_token_budget(groups: Sequence[Group], token_budget: int, form: Form = "padded") -> list[list[Group]]:
     """Groups per micro-batch, within the budget of tokens; a group beyond it is cut, down to single completions."""
     pieces = [piece for group in groups for piece in cut(group, token_budget, form)]
+    if form != "padded":
+        return fill_rows(pieces, token_budget, form)
     ordered = sorted(pieces, key=lambda group: (len(group.prompt.token_ids), group.longest_completion))
     parts: list[list[Group]] = []
     for group in ordered:
@@ -149,6 +157,23 @@ def split_by_token_budget(groups: Sequence[Group], token_budget: int, form: Form
             parts[-1].append(group)
         else:
             parts.append([group])
+    return parts
+
+
+def fill_rows(groups: Sequence[Group], token_budget: int, form: Form) -> list[list[Group]]:
+    """Groups per row, the largest first, each into the row that it fills best: no long one is left over for the end."""
+    parts: list[list[Group]] = []
+    room: list[int] = []
+    for group in sorted(groups, key=lambda group: size([group], form), reverse=True):
+        cost = size([group], form)
+        fitting = [number for number, left in enumerate(room) if cost <= left]
+        if fitting:
+            best = min(fitting, key=room.__getitem__)
+            parts[best].append(group)
+            room[best] -= cost
+        else:
+            parts.append([group])
+            room.append(token_budget - cost)
     return parts
 
 
@@ -196,6 +221,7 @@ def make_batch(groups: Sequence[Group], form: Form = "padded") -> TrainingBatch:
         mask_BC=written_BC * trained_B[:, None],
         advantages_B=torch.tensor(advantages, dtype=torch.float32),
         prompt_ids_BP=prompt_ids(groups),
+        kinds_B=tuple(group.kind for group in groups for _ in group.completions),
         engine_log_probs_BC=engine_log_probs(groups, width),
         **rows,
     )

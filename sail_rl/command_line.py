@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from sail_rl.config_data import expand_source
+from sail_rl.config_data import SOURCE_TAGS, expand_source
 
 RecipeType = TypeVar("RecipeType", bound=BaseModel)
 EXIT_BAD_INPUT = 2
@@ -137,9 +137,7 @@ def expand_shorthand(key: str, value: Any) -> dict[str, Any]:
 
 def describe_mistake(recipe_type: type[BaseModel], mistake: Any) -> str:
     """One line: dotted key, value, what is wrong, what is allowed, the nearest key."""
-    # pydantic names the kind of a source behind data.train and data.eval; recipes do not.
-    before = (None, *mistake["loc"])
-    location = [part for above, part in zip(before, mistake["loc"], strict=False) if above not in ("train", "eval")]
+    location = written_location(mistake["loc"])
     key = ".".join(str(part) for part in location)
     if mistake["type"] == "extra_forbidden":
         allowed = keys_at(recipe_type, mistake["loc"][:-1])
@@ -151,6 +149,15 @@ def describe_mistake(recipe_type: type[BaseModel], mistake: Any) -> str:
     message = mistake["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{key} = {shown(mistake['input'])}: {message}" if key else message
+
+
+def written_location(location: tuple) -> list[Any]:
+    """A place as the recipe has it: pydantic also names the kind of each source of data.train and data.eval."""
+    if location[:2] not in (("data", "train"), ("data", "eval")):
+        return list(location)
+    tags = 2 if location[2:3] == ("list",) else 1
+    behind = [part for place, part in enumerate(location[2:]) if not (part in SOURCE_TAGS and place <= tags)]
+    return [*location[:2], *behind]
 
 
 def suggest(key: str, allowed: list[str], recipe_type: type[BaseModel]) -> str:
@@ -186,7 +193,7 @@ def keys_at(recipe_type: type[BaseModel], location: tuple) -> list[str]:
         tagged = [section for section in sections if getattr(section.model_fields.get("source"), "default", 0) == part]
         if tagged:
             sections = tagged
-        elif isinstance(part, str):
+        elif isinstance(part, str) and part != "list":
             fields = [section.model_fields[part] for section in sections if part in section.model_fields]
             sections = [nested for field in fields for nested in nested_sections(field.annotation)]
     return sorted({name for section in sections for name in section.model_fields})

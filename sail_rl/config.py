@@ -141,8 +141,25 @@ class GrpoSection(Section):
     vllm_importance_sampling_clip_min: Annotated[float, Field(ge=0)] | None = None
 
 
+class KindWeights(Section):
+    """How much the two kinds of samples count, whatever their number and length."""
+
+    cot: Annotated[float, Field(gt=0)] = 1.0
+    direct: Annotated[float, Field(gt=0)] = 1.0
+
+
 class SftSection(Section):
     """The supervised loss."""
+
+    normalise_by: Literal["tokens", "samples", "kinds"] = "tokens"
+    """`tokens`: the mean over all targets' tokens of a step; `samples`: tokens summed within a sample, then the mean
+    over samples, as the SAIL-VL2 report has it; `kinds`: the mean over the tokens of each kind of sample (`cot`,
+    `direct`), then the mean over the kinds in the step, by `kind_weights`."""
+    kind_weights: KindWeights = KindWeights()
+    """For `normalise_by: kinds`."""
+    train_empty_think: bool = False
+    """Where the chat template ends a prompt for a direct answer with an empty think block: whether the model is trained
+    to write that block, too, and not only to answer after it."""
 
     samples_per_step: Annotated[int, Field(ge=1)] = 32
     max_length: Annotated[int, Field(ge=1)] = 4096
@@ -199,6 +216,21 @@ class TrainerSection(Section):
     profile: bool = False
     """Write `profile/` in output_dir: a table of phase times and MFU, and a trace of the second and third step."""
     log_with: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
+
+
+class SftTrainerSection(TrainerSection):
+    """The run itself, as long as steps or passes over the data say."""
+
+    max_steps: Annotated[int, Field(ge=1)] = 0
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
+    """In the place of `max_steps`: passes over data.train. With weights, a pass is as many samples as all sources have
+    rows."""
+
+    @model_validator(mode="after")
+    def one_length(self):
+        if (self.max_steps == 0) == (self.num_train_epochs is None):
+            raise ValueError("give exactly one of `max_steps` and `num_train_epochs`")
+        return self
 
 
 class CommonRecipe(Section):
@@ -266,4 +298,5 @@ class GrpoRecipe(CommonRecipe):
 class SftRecipe(CommonRecipe):
     """A recipe of train_sft.py."""
 
+    trainer: SftTrainerSection
     sft: SftSection = SftSection()

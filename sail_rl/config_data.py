@@ -79,11 +79,28 @@ class ModelSection(Section):
         return self
 
 
+Kind = Literal["cot", "direct"]
+KINDS = get_args(Kind)
 Family = Literal["cards", "shapes", "bars", "path", "geometry"]
 FAMILIES = get_args(Family)
 
 
-class PictureSource(Section):
+Share = Annotated[float, Field(gt=0)]
+
+
+class SourceSection(Section):
+    """What every source may say of its rows."""
+
+    weight: Share | None = None
+    """In a list of sources: how often rows are drawn from this one, relative to the others. When no source has one,
+    each row is read once in every pass."""
+    kind: Kind | None = None
+    """Of all its rows, in the place of a column `kind`."""
+    columns: dict[str, str] | None = None
+    """In the place of `data.columns`."""
+
+
+class PictureSource(SourceSection):
     """The built-in picture task: drawn on demand, endless, nothing to download."""
 
     source: Literal["pictures"] = "pictures"
@@ -107,14 +124,14 @@ class PictureSource(Section):
         return self
 
 
-class FileSource(Section):
+class FileSource(SourceSection):
     """A local .jsonl or .parquet file; picture paths are relative to the file's folder."""
 
     source: Literal["file"] = "file"
     path: str
 
 
-class HubSource(Section):
+class HubSource(SourceSection):
     """A dataset of the Hugging Face Hub."""
 
     source: Literal["hub"] = "hub"
@@ -125,7 +142,9 @@ class HubSource(Section):
 
 
 def source_kind(value: Any) -> str:
-    """Which kind of source a mapping (or a section) describes."""
+    """Which kind of source a mapping (or a section) describes, or that it is several."""
+    if isinstance(value, list):
+        return "list"
     return str(value.get("source", "file") if isinstance(value, dict) else getattr(value, "source", "file"))
 
 
@@ -135,8 +154,21 @@ Source = Annotated[
 ]
 
 
+# One source, or several in the place of one.
+Sources = Annotated[
+    Annotated[PictureSource, Tag("pictures")]
+    | Annotated[FileSource, Tag("file")]
+    | Annotated[HubSource, Tag("hub")]
+    | Annotated[list[Source], Field(min_length=1), Tag("list")],
+    Discriminator(source_kind),
+]
+SOURCE_TAGS = ("pictures", "file", "hub", "list")
+
+
 def expand_source(value: Any) -> Any:
     """Allow `train: rows.jsonl`, `train: pictures` and `train: owner/name` for the mappings they stand for."""
+    if isinstance(value, list):
+        return [expand_source(one) for one in value]
     if not isinstance(value, str):
         return value
     if value == "pictures":
@@ -144,20 +176,19 @@ def expand_source(value: Any) -> Any:
     return {"source": "file" if value.endswith((".jsonl", ".json", ".parquet")) else "hub", "path": value}
 
 
-Share = Annotated[float, Field(gt=0)]
-
-
 class DataSection(Section):
     """Where questions come from and how they are put to the model."""
 
-    train: Source
-    eval: Source | None = None
-    """Questions for the accuracy before, during and after training; none when left out."""
+    train: Sources
+    """A source, or a list of them, which then may have weights."""
+    eval: Sources | None = None
+    """Questions for the accuracy before, during and after training, of a source or several; none when left out."""
     columns: dict[str, str] = {}
     """Our column name -> the dataset's: `{question: problem, answer: gold}`."""
-    thinking: Literal["think", "direct", "judge"] = "think"
+    thinking: Literal["think", "direct", "judge", "by_kind"] = "think"
     """Answer form that is asked for: reasoning and a boxed answer; a boxed answer alone; or first a judgement whether
-    reasoning is needed, then reasoning or an empty think block, then a boxed answer."""
+    reasoning is needed, then reasoning or an empty think block, then a boxed answer. `by_kind`: each row's own, `think`
+    where its column `kind` is `cot`, `direct` where that is `direct`."""
     reasoning: Annotated[dict[str, Share], Field(min_length=1)] = {"terse": 1.0}
     """Which reasoning traces SFT imitates: one kind, or several with their shares. `terse` is the column `reasoning`,
     any other kind is `reasoning_<kind>`, with an answer of its own where the row has `answer_<kind>`."""
@@ -181,3 +212,31 @@ class DataSection(Section):
     def expand_reasoning(cls, value: Any) -> Any:
         """Allow `reasoning: wordy`."""
         return {value: 1.0} if isinstance(value, str) else value
+
+    @property
+    def train_sources(self) -> list[PictureSource | FileSource | HubSource]:
+        """`train` as a list."""
+        return self.train if isinstance(self.train, list) else [self.train]
+
+    @property
+    def eval_sources(self) -> list[PictureSource | FileSource | HubSource]:
+        """`eval` as a list, empty where there is none."""
+        if self.eval is None:
+            return []
+        return self.eval if isinstance(self.eval, list) else [self.eval]
+
+    @model_validator(mode="after")
+    def weights_fit(self):
+        weighted = sum(source.weight is not None for source in self.train_sources)
+        if weighted and (weighted < len(self.train_sources) or weighted == 1):
+            raise ValueError("`data.train`: give a weight to each of several sources, or to none")
+        if any(source.weight is not None for source in self.eval_sources):
+            raise ValueError("`data.eval`: each question is asked once, so a source has no weight")
+        return self
+
+    @model_validator(mode="after")
+    def kinds_are_used(self):
+        given = any(source.kind for source in self.train_sources + self.eval_sources)
+        if given and self.thinking != "by_kind":
+            raise ValueError(f"a source has a `kind`, which `thinking: {self.thinking}` does not ask for; set by_kind")
+        return self

@@ -102,12 +102,7 @@ def majority_rate(predictions: list[Prediction]) -> float | None:
 
 
 def summarise(before: list[Prediction], after: list[Prediction]) -> dict[str, Any]:
-    """Accuracies for summary.json, per family where the data has families."""
-    families: dict[str, dict[str, Any]] = defaultdict(dict)
-    for moment, predictions in (("before", before), ("after", after)):
-        for family in sorted({p["family"] for p in predictions if p.get("family")}):
-            members = [p for p in predictions if p.get("family") == family]
-            families[family] |= {moment: share(members), "questions": len(members)}
+    """Accuracies for summary.json, also by family and by kind where the data has them."""
     return {
         "accuracy_before": share(before),
         "accuracy_after": share(after),
@@ -116,5 +111,16 @@ def summarise(before: list[Prediction], after: list[Prediction]) -> dict[str, An
         "accuracy_novel_after": share([p for p in after if p.get("novel")]),
         "eval_questions": len(after),
         "majority_rate": majority_rate(after),
-        "families": dict(families),
+        "families": by_column("family", before, after),
+        "kinds": by_column("kind", before, after),
     }
+
+
+def by_column(name: str, before: list[Prediction], after: list[Prediction]) -> dict[str, dict[str, Any]]:
+    """Accuracies of the rows with each value of a column; empty where no row has it."""
+    groups: dict[str, dict[str, Any]] = defaultdict(dict)
+    for moment, predictions in (("before", before), ("after", after)):
+        for value in sorted({p[name] for p in predictions if p.get(name)}):
+            members = [p for p in predictions if p.get(name) == value]
+            groups[value] |= {moment: share(members), "questions": len(members)}
+    return dict(groups)

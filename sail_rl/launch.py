@@ -1,6 +1,7 @@
 """What both trainers do around their loops: mistakes, processes and threads, and the end of a run."""
 
 import atexit
+import math
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from sail_rl.command_line import BadInput, fail, recipe_text
-from sail_rl.config import CommonRecipe
+from sail_rl.config import CommonRecipe, SftRecipe
 from sail_rl.data.stream import Shard
 from sail_rl.data.workers import Workers
 from sail_rl.run_folder import check_run, environment, finished, has_begun, write_json
@@ -54,6 +55,7 @@ def run_recipe(train: Callable[[Any], None], recipe: CommonRecipe) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         check_run(recipe)
+        recipe = counted_in_steps(recipe)
         summary = finished(recipe)
         if summary:
             print(f"{recipe.output_dir} is finished; its result:\n{result_lines(recipe.output_dir, summary)}")
@@ -65,6 +67,21 @@ def run_recipe(train: Callable[[Any], None], recipe: CommonRecipe) -> None:
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command goes on from the newest checkpoint in {recipe.output_dir}", flush=True)
         sys.exit(INTERRUPTED)
+
+
+def counted_in_steps(recipe: CommonRecipe) -> CommonRecipe:
+    """The recipe with `trainer.num_train_epochs` turned into the steps that these take."""
+    if not isinstance(recipe, SftRecipe) or recipe.trainer.num_train_epochs is None:
+        return recipe
+    from sail_rl.data.mixture import open_sources
+    from sail_rl.data.sources import ENDLESS
+
+    rows = len(open_sources(recipe.data.train_sources, recipe.data.columns, "train", "data.train"))
+    if rows >= ENDLESS:
+        raise BadInput("trainer.num_train_epochs: data.train has no end; set trainer.max_steps in its place")
+    steps = math.ceil(rows * recipe.trainer.num_train_epochs / recipe.sft.samples_per_step)
+    trainer = recipe.trainer.model_copy(update={"max_steps": steps, "num_train_epochs": None})
+    return recipe.model_copy(update={"trainer": trainer})
 
 
 def start_run(recipe: RecipeType) -> Run[RecipeType]:

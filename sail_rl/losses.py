@@ -6,7 +6,7 @@ and processes), so that the gradient does not depend on how the batch was cut. A
 name in `config.GrpoSection.loss_type`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -134,12 +134,29 @@ def masked_sum(values_BT: torch.Tensor, mask_BT: torch.Tensor) -> float:
     return float((values_BT.detach() * mask_BT).sum())
 
 
-def supervised_loss(
-    log_probs_BT: torch.Tensor, mask_BT: torch.Tensor, normaliser: float
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Cross-entropy on the target's tokens."""
-    loss = -(log_probs_BT * mask_BT).sum() / normaliser
-    return loss, {"nll": -masked_sum(log_probs_BT, mask_BT)}
+def sample_scales(
+    normalise_by: str,
+    samples: Mapping[str, float],
+    tokens: Mapping[str, float],
+    kind_weights: Mapping[str, float],
+) -> dict[str, float]:
+    """What the log-likelihood of one sample of each kind is multiplied with, from the whole step's counts by kind.
+
+    `samples`: the mean over samples of the summed tokens; `tokens`: the mean over all tokens; `kinds`: the weighted
+    mean over the kinds that the step has, each of which is a mean over its own tokens.
+    """
+    present = [kind for kind in samples if samples[kind]]
+    if normalise_by == "samples":
+        return dict.fromkeys(present, 1 / sum(samples.values()))
+    if normalise_by == "tokens":
+        return dict.fromkeys(present, 1 / sum(tokens.values()))
+    total = sum(kind_weights[kind] for kind in present)
+    return {kind: kind_weights[kind] / total / tokens[kind] for kind in present}
+
+
+def supervised_loss(log_probs_BT: torch.Tensor, mask_BT: torch.Tensor, scales_B: torch.Tensor) -> torch.Tensor:
+    """The negative log-likelihood of each sample's target, scaled and summed."""
+    return -((log_probs_BT * mask_BT).sum(1) * scales_B).sum()
 
 
 def balance_loss(

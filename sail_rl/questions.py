@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
@@ -13,8 +13,9 @@ from rollouts import Prompt, Rollout
 from sail_rl.config import CommonRecipe, GrpoRecipe, SftRecipe
 from sail_rl.config_data import DataSection
 from sail_rl.data.example import Example
-from sail_rl.data.prompting import Sample, make_prompt, make_sample, pick_kind
-from sail_rl.data.sources import open_rows
+from sail_rl.data.images import BadRow
+from sail_rl.data.mixture import open_sources
+from sail_rl.data.prompting import Sample, answer_form, make_prompt, make_sample, pick_trace
 from sail_rl.data.stream import RowStream
 from sail_rl.launch import Run
 
@@ -44,7 +45,12 @@ def question_stream(run, part, processor):
 
 def make_question(example: Example, position: int, processor, data: DataSection) -> Question:
     """An example as the model reads it."""
-    return Question(example, make_prompt(example, processor, data.thinking, data.max_prompt_length, position))
+    form = answer_form(example, data.thinking)
+    if example.columns["answer"] is None:
+        raise BadRow("no `answer` (or `solution`) to compare with; map one with data.columns or drop the row")
+    if data.thinking == "by_kind":  # the format reward reads this column
+        example = replace(example, columns=dict(example.columns) | {"thinking": form})
+    return Question(example, make_prompt(example, processor, form, data.max_prompt_length, position))
 
 
 def sample_stream(run: Run, processor) -> RowStream[Sample]:
@@ -53,20 +59,18 @@ def sample_stream(run: Run, processor) -> RowStream[Sample]:
 
 
 def place_sample(example: Example, position: int, processor, recipe: SftRecipe) -> Sample:
-    """An example as a sample of the kind that belongs to its position."""
-    data = recipe.data
-    kind = pick_kind(data.reasoning, recipe.seed, position)
-    return make_sample(example, processor, data.thinking, kind, data.max_prompt_length, recipe.sft.max_length)
+    """An example as a sample, with the reasoning trace that belongs to its position."""
+    trace = pick_trace(recipe.data.reasoning, recipe.seed, position)
+    return make_sample(example, processor, recipe.data, recipe.sft, trace)
 
 
 def checked_stream(run: Run, part: str, prepare: Callable[[Example, int], Item]) -> RowStream[Item]:
     """A stream over a source of the recipe, its rows checked as far as can be without decoding pictures."""
     data = run.recipe.data
-    source = data.train if part == "train" else data.eval
+    sources, split = (data.train_sources, "train") if part == "train" else (data.eval_sources, "validation")
     stream = RowStream(
-        open_rows(source, "train" if part == "train" else "validation", f"data.{part}"),
+        open_sources(sources, data.columns, split, f"data.{part}"),
         prepare,
-        columns=data.columns,
         seed=run.recipe.seed,
         shuffle=data.shuffle and part == "train",
         max_bad_rows=data.max_bad_rows,

@@ -20,6 +20,7 @@ from sail_rl.config_data import FileSource
 # Keys that may differ when a run goes on: they change how long and how loudly it runs, not what it computes.
 FREE_KEYS = (
     "trainer.max_steps",
+    "trainer.num_train_epochs",
     "trainer.save_every",
     "trainer.save_total_limit",
     "trainer.transcript_every",
@@ -96,10 +97,11 @@ def check_trackers(names: list) -> None:
 
 def check_files(recipe: CommonRecipe) -> None:
     """Data files and reward functions that the recipe names must exist; all that are missing are named at once."""
-    sources = {"data.train": recipe.data.train, "data.eval": recipe.data.eval}
+    parts = {"data.train": recipe.data.train_sources, "data.eval": recipe.data.eval_sources}
     missing = [
-        f"{key}.path = {source.path}: there is no such file"
-        for key, source in sources.items()
+        f"{key}{f'.{number}' if len(sources) > 1 else ''}.path = {source.path}: there is no such file"
+        for key, sources in parts.items()
+        for number, source in enumerate(sources)
         if isinstance(source, FileSource) and not Path(source.path).is_file()
     ]
     for number, entry in enumerate(recipe.rewards if isinstance(recipe, GrpoRecipe) else []):

@@ -13,7 +13,7 @@ def train(recipe: SftRecipe) -> None:
     # Imported here, so that mistakes in a recipe are answered before torch loads.
     from rollouts.hf import HFEngine
     from sail_rl import checkpoint
-    from sail_rl.balance import share_work
+    from sail_rl.balance import share_work, work_figures
     from sail_rl.batch import Group, idle_group, make_batches
     from sail_rl.batch_form import choose_attention, choose_form
     from sail_rl.eval import accuracy_now, predictions_once
@@ -26,7 +26,7 @@ def train(recipe: SftRecipe) -> None:
     from sail_rl.profiling import Profile
     from sail_rl.questions import question_stream, sample_stream
     from sail_rl.sharding import prepare
-    from sail_rl.update import update_supervised
+    from sail_rl.update_sft import update_supervised
 
     sft, trainer = recipe.sft, recipe.trainer
 
@@ -59,7 +59,7 @@ def train(recipe: SftRecipe) -> None:
                 seed_step(run, step)
                 with watch.phase("data"):
                     samples = stream.next_items(sft.samples_per_step)
-                    groups = [Group(sample.prompt, [sample.target_ids]) for sample in samples]
+                    groups = [Group(sample.prompt, [sample.target_ids], kind=sample.kind) for sample in samples]
                     form = form or choose_form(run, whole.model, groups, whole.weights)
                     groups = share_work(run, groups, form or "padded")
                     batches = make_batches(groups, recipe.update.token_budget, idle, run.highest, form or "padded")
@@ -73,7 +73,9 @@ def train(recipe: SftRecipe) -> None:
                 progress = progress.after(
                     step=step, data_position=stream.position, seconds=progress.seconds + sum(seconds.values())
                 )
-                figures |= {"learning_rate": learning_rate, **seconds, **utilisation}
+                figures |= work_figures(run, batches, recipe.update.token_budget)
+                figures |= {"learning_rate": learning_rate, "data/bad_rows": len(stream.bad_rows)}
+                figures |= {**seconds, **utilisation}
                 figures["tokens_per_second"] = figures["tokens/trained"] / sum(seconds.values())
                 log.write(step, figures | accuracy_now(run, step, engine, eval_stream))
                 if step == trainer.max_steps or step % trainer.save_every == 0:

@@ -17,7 +17,7 @@ from sail_rl.batch import Group, TrainingBatch
 from sail_rl.config import GrpoRecipe
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
-from sail_rl.losses import balance_loss, importance_weights, masked_sum, policy_loss, supervised_loss
+from sail_rl.losses import balance_loss, importance_weights, masked_sum, policy_loss
 from sail_rl.model.frozen_tower import features_kept, has_frozen_tower
 from sail_rl.model.lora import adapters_off
 from sail_rl.model.prefix_sharing import ReadPrompt
@@ -149,36 +149,6 @@ def after_their_prompts(
             yield replace(replace(batch, prompt=None).to(device), prompt=row), prompt
         if prompt and torch.is_grad_enabled():
             prompt.backward()
-
-
-def update_supervised(run: Run, model, optimizer, batches: Sequence[TrainingBatch]) -> dict[str, Any]:
-    """One optimizer step of imitation; figures for the log."""
-    tokens = run.sum({"tokens": sum(float(batch.mask_BC.sum()) for batch in batches)})["tokens"]
-    read = tokens_read(run, batches)
-    sums = {"nll": 0.0, "entropy": 0.0, "right": 0.0, "balance": 0.0, "largest_share": 0.0}
-    optimizer.zero_grad()
-    for number, batch in enumerate(batches):
-        batch = batch.to(run.accelerator.device)
-        with sync_gradients(run, model, last=number == len(batches) - 1):
-            with recorded_routers(model) as router_logits:
-                terms = model(batch)
-            loss, batch_sums = supervised_loss(terms.log_probs_BT, batch.mask_BC, normaliser=tokens)
-            balance, routing_sums = balance_term(run, model, router_logits, batch, read)
-            run.accelerator.backward((loss + balance) * run.shard.world_size)
-        batch_sums |= routing_sums
-        batch_sums["right"] = masked_sum(terms.likeliest_BT, batch.mask_BC)
-        batch_sums["entropy"] = masked_sum(terms.entropy_BT, batch.mask_BC)
-        sums = {name: total + batch_sums.get(name, 0.0) for name, total in sums.items()}
-    grad_norm = clip_and_step(run, model, optimizer)
-    sums = run.sum(sums)
-    figures = {
-        "loss": sums["nll"] / tokens,
-        "token_accuracy": sums["right"] / tokens,
-        "entropy": sums["entropy"] / tokens,
-        "grad_norm": grad_norm,
-        "tokens/trained": tokens,
-    }
-    return figures | routing_figures(model, sums, iterations=1)
 
 
 def tokens_read(run: Run, batches: Sequence[TrainingBatch]) -> float:

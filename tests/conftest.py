@@ -51,6 +51,7 @@ def mixed_rows(tmp_path_factory):
         Image.new("RGB", (56, 56), colour).save(folder / f"{number}.png")
     rows = [
         {"question": f"Question {i}: what is it?", "answer": str(i), "reasoning": f"It is {i}, as can be seen."}
+        | {"kind": "cot" if i % 4 < 2 or i == 15 else "direct"}
         | ({"images": [f"{i % 3}.png"]} if i % 4 < 2 else {})
         for i in range(16)
     ]

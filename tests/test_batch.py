@@ -59,6 +59,26 @@ def test_splitting_fills_the_budget_with_groups_of_like_length():
     assert split_by_token_budget([], 10) == []
 
 
+@pytest.mark.parametrize("form", ["packed", "shared"])
+def test_rows_are_filled_and_no_long_sample_is_left_out(form):
+    # The best that six pieces of 50, 60, 30, 40, 20 and 100 tokens can do with rows of 100.
+    pieces = [group(size - 5, (5,), first_token=size) for size in (50, 20, 60, 30, 40, 100)]
+    parts = split_by_token_budget(pieces, 100, form)
+    assert sorted(sorted(size([g], form) for g in part) for part in parts) == [[20, 30, 50], [40, 60], [100]]
+    beyond = [*pieces, group(500, (5,), first_token=7)]
+    assert [size(part, form) for part in split_by_token_budget(beyond, 100, form)] == [505, 100, 100, 100]
+
+
+def test_ragged_samples_leave_little_of_the_budget_unused():
+    rng = torch.Generator().manual_seed(0)
+    lengths = torch.empty(400).log_normal_(6, 0.9, generator=rng).clamp(20, 4096).int().tolist()
+    parts = split_by_token_budget([group(length, (5,), n) for n, length in enumerate(lengths)], 4200, "packed")
+    rows = [size(part, "packed") for part in parts]
+    assert max(rows) <= 4200
+    assert sum(rows) / (4200 * len(rows)) > 0.97
+    assert sum(map(len, parts)) == 400
+
+
 def test_rows_are_padded_and_masked():
     batch = make_batch([group(2, (1, 3), 10, advantages=[0.5, -0.5]), group(4, (2,), 20, advantages=[2.0])])
     assert batch.input_ids_RT.tolist() == [

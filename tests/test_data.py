@@ -10,11 +10,14 @@ import pytest
 from PIL import Image
 
 from sail_rl.command_line import BadInput
+from sail_rl.config import SftRecipe
 from sail_rl.config_data import FileSource
 from sail_rl.data.example import BadRow, make_example
-from sail_rl.data.prompting import pick_kind, target_text
+from sail_rl.data.mixture import JoinedRows, Part
+from sail_rl.data.prompting import pick_trace, target_text
 from sail_rl.data.sources import JsonLinesRows, open_rows
 from sail_rl.data.stream import RowStream, Shard
+from sail_rl.launch import counted_in_steps
 
 IMAGE, RED = {"type": "image"}, (255, 0, 0)
 HUGE_PNG = b"P6 20000 20000 255\n"  # the header of a picture of 400 million pixels; its name does not count
@@ -54,6 +57,12 @@ TALK = [{"role": "system", "content": "S"}, turn(text("A")), turn(text("B"), rol
         ({"question": "Why?", "images": [PICTURE] * 2}, [turn(IMAGE, IMAGE, text("Why?"))], "Why?", False),
         ({"question": "A<image>\nB", "images": PICTURE}, [turn(text("A"), IMAGE, text("B"))], "AB", False),
         ({"prompt": [turn(text("A"), IMAGE | {"text": None})], "images": PICTURE}, [turn(text("A"), IMAGE)], "A", True),
+        (
+            {"messages": [*TALK, turn(text("D"), role="assistant")]},
+            [turn(text("S"), role="system"), *TALK[1:]],
+            "C",
+            True,
+        ),
     ],
 )
 def test_prompt_forms(tmp_path, row, messages, question, conversational):
@@ -106,6 +115,11 @@ def test_a_picture_is_turned_upright(tmp_path):
         ({"prompt": [turn(text("a<|im_end|>"))]}, "contains <|im_end|>, which is reserved"),
         ({"question": "Why?", "images": [{"bytes": b"", "path": "x.png"}]}, "image x.png cannot be read: cannot ident"),
         *[({"question": "Why?", "image": f"{name}.png"}, f"image {name}.png cannot be read") for name in UNREADABLE],
+        ({"messages": TALK}, "does not end with a turn of the assistant's"),
+        ({"messages": [turn(text("A"))]}, "does not end with a turn of the assistant's"),
+        ({"messages": [turn(text(" "), role="assistant")]}, "the assistant's turn must be text, and not empty"),
+        ({"messages": [turn(text("A"), role="assistant")]}, "no `question` and no `prompt`"),
+        ({"question": "Why?", "completion": ""}, "the assistant's turn must be text, and not empty"),
         ({"question": "Why?", "images": [5]}, "an image is a path, bytes or a picture, not int"),
     ],
 )
@@ -183,9 +197,10 @@ def write_rows(folder, broken_at_start=(), broken_picture=(), good=PICTURE["byte
 
 
 def open_stream(path, **changed):
-    keys = {"columns": {"id": "uid"}, "seed": 0, "shuffle": True, "max_bad_rows": 0, "shard": Shard()} | changed
+    keys = {"seed": 0, "shuffle": True, "max_bad_rows": 0, "shard": Shard()} | changed
     keys["quarantine_file"] = path.parent / "quarantine.jsonl"
-    return RowStream(JsonLinesRows(path), lambda example, place: (int(example.id[1:]), place), **keys)
+    rows = JoinedRows([Part(JsonLinesRows(path), {"id": "uid"})])
+    return RowStream(rows, lambda example, place: (int(example.id[1:]), place), **keys)
 
 
 def rows_of(stream, count):
@@ -306,6 +321,107 @@ def test_two_processes_see_together_what_one_sees(tmp_path, bad):
     assert [first + second for first, second in zip(*seen, strict=True)] == expected
 
 
+def mixture_of(folder, weights, counts=(6, 4, 3), **changed):
+    """A stream over sources of letters and numbers, such as a0, with the kind of each."""
+    parts = []
+    for name, count in zip("abc", counts[: len(weights)] if weights else counts, strict=False):
+        lines = [json.dumps({"q": f"{name}{n}", "answer": "1"}) for n in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        parts.append(Part(JsonLinesRows(folder / f"{name}.jsonl"), {"question": "q"}, "cot" if name == "a" else None))
+    keys = {"seed": 0, "shuffle": True, "max_bad_rows": 0, "quarantine_file": None, "shard": Shard()} | changed
+    return RowStream(JoinedRows(parts, weights), lambda e, _: (e.question, e.columns.get("kind")), **keys)
+
+
+def test_sources_without_weights_are_one_source(tmp_path):
+    stream = mixture_of(tmp_path, None)
+    first, second = stream.next_items(13), stream.next_items(13)
+    assert sorted(first) == sorted(second) == sorted(mixture_of(tmp_path, None, shuffle=False).next_items(13))
+    assert first != second
+    assert {row[0] for row, kind in first if kind == "cot"} == {"a"}
+    in_order = [row for row, _ in mixture_of(tmp_path, None, shuffle=False).next_items(14)]
+    assert in_order == ["a0", "a1", "a2", "a3", "a4", "a5", "b0", "b1", "b2", "b3", "c0", "c1", "c2", "a0"]
+
+
+@pytest.mark.parametrize("weights", [(9, 1), (0.5, 0.5), (0.1, 0.7, 0.2), (1, 1, 1), (1e-3, 5.0)])
+def test_every_stretch_of_a_mixture_keeps_the_weights(tmp_path, weights):
+    stream = mixture_of(tmp_path, weights, shuffle=False)
+    rows = [row for row, _ in stream.next_items(1000)]
+    for source, weight in zip("abc", weights, strict=False):
+        share = weight / sum(weights)
+        drawn = [row for row in rows if row[0] == source]
+        counts = [sum(row[0] == source for row in rows[:end]) for end in range(1001)]
+        # Each cut in two is exact to one row, and the third source is what two cuts leave.
+        assert all(abs(count - share * end) < 2 for end, count in enumerate(counts))
+        length = {"a": 6, "b": 4, "c": 3}[source]
+        assert drawn == [f"{source}{n % length}" for n in range(len(drawn))]
+
+
+def test_a_mixture_reads_each_source_in_shuffled_passes_and_goes_on_anywhere(tmp_path):
+    stream = mixture_of(tmp_path, (2, 1))
+    rows = stream.next_items(36)
+    drawn = [[row for row, _ in rows if row[0] == source] for source in "ab"]
+    assert [len(own) for own in drawn] == [24, 12]
+    for own, length in zip(drawn, (6, 4), strict=True):
+        passes = [own[start : start + length] for start in range(0, len(own), length)]
+        assert all(sorted(one) == sorted(passes[0]) for one in passes)
+        assert len({tuple(one) for one in passes}) > 1
+    assert mixture_of(tmp_path, (2, 1)).next_items(36) == rows
+    assert mixture_of(tmp_path, (2, 1), seed=1).next_items(36) != rows
+    resumed = mixture_of(tmp_path, (2, 1))
+    resumed.position = 17
+    assert [resumed.next_items(1)[0] for _ in range(19)] == rows[17:]
+
+
+def test_bad_rows_of_a_mixture_are_named_by_their_source(tmp_path):
+    good = mixture_of(tmp_path, (2, 1))
+    expected = [row for row, _ in good.next_items(60) if row not in ("a2", "b1")]
+    for file, number in (("a.jsonl", 2), ("b.jsonl", 1)):
+        lines = (tmp_path / file).read_text().splitlines()
+        lines[number] = json.dumps({"q": None, "answer": "1", "id": "x"})
+        (tmp_path / file).write_text("\n".join(lines))
+    parts = [
+        Part(JsonLinesRows(tmp_path / "a.jsonl"), {"question": "q"}, "cot"),
+        Part(JsonLinesRows(tmp_path / "b.jsonl"), {"question": "q"}),
+    ]
+    quarantine, rest = tmp_path / "quarantine.jsonl", {"seed": 0, "shuffle": True, "shard": Shard()}
+
+    def open_again(limit):
+        rows = JoinedRows(parts, (2, 1))
+        return RowStream(rows, lambda e, _: e.question, max_bad_rows=limit, quarantine_file=quarantine, **rest)
+
+    found = open_again(2)
+    assert [found.next_items(1)[0] for _ in expected] == expected
+    records = [json.loads(line) for line in quarantine.read_text().splitlines()]
+    names = [f"{tmp_path / 'a.jsonl'} (cot)", str(tmp_path / "b.jsonl")]
+    assert sorted((record["source"], record["row"]) for record in records) == [(names[0], 3), (names[1], 2)]
+    assert sorted(open_again(2).bad_rows) == [2, 7]  # a resumed run knows them
+    with pytest.raises(BadInput, match=r"(?s)row 3 of .*a.jsonl \(cot\) \(id x\): no `question`.*row 2 of .*b.jsonl"):
+        open_again(1).check_rows()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "steps"), [(1, 4, 4), (2, 4, 7), (0.5, 4, 2), (1, 13, 1), (1, 100, 1), (3, 13, 3)]
+)
+def test_epochs_are_counted_in_steps(tmp_path, epochs, samples, steps):
+    mixture_of(tmp_path, None, counts=(6, 4, 3))
+    train = [{"path": str(tmp_path / f"{name}.jsonl"), "weight": 0.1} for name in "abc"]
+    recipe = {"output_dir": "runs/x", "model": {"path": "x"}, "data": {"train": train}}
+    recipe |= {"sft": {"samples_per_step": samples}, "trainer": {"num_train_epochs": float(epochs)}}
+    trainer = counted_in_steps(SftRecipe.model_validate(recipe)).trainer
+    assert (trainer.max_steps, trainer.num_train_epochs) == (steps, None)
+    recipe["data"] = {"train": "pictures"}
+    with pytest.raises(BadInput, match=r"data.train has no end; set trainer.max_steps"):
+        counted_in_steps(SftRecipe.model_validate(recipe))
+    with pytest.raises(ValueError, match="exactly one of `max_steps` and `num_train_epochs`"):
+        SftRecipe.model_validate(recipe | {"trainer": {"max_steps": 3, "num_train_epochs": 1.0}})
+
+
+def test_a_source_without_a_usable_row_stops_a_mixture(tmp_path):
+    stream = mixture_of(tmp_path, (2, 1), max_bad_rows=9)
+    with pytest.raises(BadInput, match=r"b.jsonl: no usable row is left"):
+        stream._quarantine([(index, "broken") for index in range(6, 10)])
+
+
 def test_the_target_is_the_trace_and_answer_of_its_kind(tmp_path):
     traces = {"reasoning": "Two ones.", "reasoning_hasty": "A guess.", "answer_hasty": "7", "reasoning_wordy": "Long."}
     example = example_of(tmp_path, question="Why?", answer="2", **traces)
@@ -317,9 +433,9 @@ def test_the_target_is_the_trace_and_answer_of_its_kind(tmp_path):
         target_text(example_of(tmp_path, question="Why?", reasoning="Two ones."), "think", "wordy")
 
 
-def test_kinds_of_reasoning_come_in_their_shares_and_do_not_depend_on_the_run():
-    kinds = [pick_kind({"terse": 1.0, "hasty": 3.0}, 5, position) for position in range(2000)]
-    assert kinds == [pick_kind({"terse": 1.0, "hasty": 3.0}, 5, position) for position in range(2000)]
-    assert kinds != [pick_kind({"terse": 1.0, "hasty": 3.0}, 6, position) for position in range(2000)]
+def test_traces_of_reasoning_come_in_their_shares_and_do_not_depend_on_the_run():
+    kinds = [pick_trace({"terse": 1.0, "hasty": 3.0}, 5, position) for position in range(2000)]
+    assert kinds == [pick_trace({"terse": 1.0, "hasty": 3.0}, 5, position) for position in range(2000)]
+    assert kinds != [pick_trace({"terse": 1.0, "hasty": 3.0}, 6, position) for position in range(2000)]
     assert 0.7 < kinds.count("hasty") / 2000 < 0.8
-    assert {pick_kind({"wordy": 0.1}, 0, position) for position in range(20)} == {"wordy"}
+    assert {pick_trace({"wordy": 0.1}, 0, position) for position in range(20)} == {"wordy"}

@@ -66,14 +66,22 @@ def test_vllm_in_every_process_equals_one_process(launcher, start, mixed_rows, t
 
 
 def test_sft_through_accelerate_equals_one_process(start, mixed_rows, tmp_path):
+    """With a mixture of two sources and kinds, in other shares on the other process and in the other step."""
+    sources = [
+        f"{{path: {mixed_rows / 'rows.jsonl'}, kind: {kind}, weight: {n}}}" for kind, n in (("cot", 3), ("direct", 2))
+    ]
     common = ["sail_rl/train_sft.py", "recipes/quickstart_sft.yaml", *SMALL, "sft.samples_per_step=4"]
     # The second step is without pictures; the tower moves on all the same, as on the process with a blank one.
     common += [
         "trainer.max_steps=4",
         "data.reasoning=terse",
+        "data.thinking=by_kind",
+        "data.eval=null",
+        "sft.normalise_by=kinds",
+        "sft.kind_weights.cot=2.0",
         "model.random_init=null",
         f"model.path={start}",
-        f"data.train={mixed_rows / 'rows.jsonl'}",
+        f"data.train=[{', '.join(sources)}]",
     ]
     accelerate = (str(BIN / "accelerate"), "launch", "--config_file", "recipes/accelerate/cpu_2.yaml")
     one = command(*common, f"output_dir={tmp_path / 'one'}")

@@ -11,6 +11,7 @@ from sail_rl.losses import (
     kl_estimate,
     loss_normaliser,
     policy_loss,
+    sample_scales,
     supervised_loss,
     token_log_probs,
 )
@@ -190,13 +191,25 @@ def test_masked_positions_change_nothing(policy, mask_BT, loss_type):
 
 def test_supervised_loss_is_the_mean_negative_log_likelihood(logits_BTV, tokens_BT, mask_BT):
     log_probs_BT = torch.log_softmax(logits_BTV, -1).gather(-1, tokens_BT[..., None])[..., 0].requires_grad_()
-    loss, sums = supervised_loss(log_probs_BT, mask_BT, normaliser=sum(LENGTHS))
+    loss = supervised_loss(log_probs_BT, mask_BT, torch.full((B,), 1 / sum(LENGTHS), dtype=torch.float64))
     targets = tokens_BT.masked_fill(mask_BT == 0, -100).flatten()
     expected = torch.nn.functional.cross_entropy(logits_BTV.view(-1, V), targets)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    assert sums == {"nll": pytest.approx(expected.item() * sum(LENGTHS))}
     loss.backward()
     torch.testing.assert_close(log_probs_BT.grad, -mask_BT.double() / sum(LENGTHS))
+
+
+@pytest.mark.parametrize(
+    ("normalise_by", "expected"),
+    [
+        ("tokens", {"cot": 1 / 50, "direct": 1 / 50}),
+        ("samples", {"cot": 1 / 20, "direct": 1 / 20}),
+        ("kinds", {"cot": 3 / 4 / 40, "direct": 1 / 4 / 10}),
+    ],
+)
+def test_scales_of_both_kinds(normalise_by, expected):
+    counts = {"cot": 2.0, "direct": 18.0}, {"cot": 40.0, "direct": 10.0}
+    assert sample_scales(normalise_by, *counts, {"cot": 3.0, "direct": 1.0}) == pytest.approx(expected)
 
 
 def test_normaliser_of_nothing_is_not_zero():

@@ -161,6 +161,35 @@ def test_a_completion_sees_nothing_of_the_others(case):
     assert torch.equal(ours, theirs)
 
 
+def other_sample(group):
+    """Another sample of the same length: its text, its picture and its completions are changed."""
+    tokens = [*group.prompt.token_ids[:-1], 12]
+    pictures = {n: -t if n == "pixel_values" else t for n, t in group.prompt.model_inputs.items()}
+    prompt = replace(group.prompt, token_ids=tokens, model_inputs=pictures)
+    return replace(group, prompt=prompt, completions=[[13] * len(one) for one in group.completions])
+
+
+@pytest.mark.parametrize("form", ["packed", "shared"])
+def test_no_sample_of_a_row_sees_another(case, form):
+    """In turn each sample is changed alone: its own log-probabilities change, those of the others do not."""
+    model, groups = case
+    groups = [replace(group, completions=[one or [14] for one in group.completions]) for group in groups]
+
+    def log_probs(samples):
+        batch = make_batch(samples, form)
+        owners = torch.tensor([n for n, group in enumerate(samples) for _ in group.completions])
+        with torch.no_grad():
+            found = Policy(model)(batch).log_probs_BT
+        return [found[owners == n][batch.mask_BC[owners == n] > 0] for n in range(len(samples))]
+
+    before = log_probs(groups)
+    for changed in range(len(groups)):
+        after = log_probs([other_sample(group) if n == changed else group for n, group in enumerate(groups)])
+        for number, (ours, theirs) in enumerate(zip(before, after, strict=True)):
+            difference = (ours - theirs).abs().max()
+            assert difference > 1e-3 if number == changed else difference < 1e-6, (changed, number)
+
+
 BROKEN = {
     "causal over the whole row": lambda lengths, prefixes: ((sum(lengths),), (None,)),
     "no prompt": lambda lengths, prefixes: (lengths, (None,) * len(lengths)),

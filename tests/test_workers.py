@@ -19,6 +19,7 @@ from PIL import Image
 
 from sail_rl.command_line import BadInput
 from sail_rl.config_data import DataSection
+from sail_rl.data.mixture import JoinedRows, Part
 from sail_rl.data.sources import JsonLinesRows
 from sail_rl.data.stream import RowStream, Shard
 from sail_rl.data.workers import Workers
@@ -60,8 +61,8 @@ def number_and_place(example, position):
 
 
 def open_stream(rows, prepare, workers, **changed):
-    keys = {"columns": {}, "seed": 0, "shuffle": True, "max_bad_rows": 2, "quarantine_file": None, "shard": Shard()}
-    return RowStream(JsonLinesRows(rows), prepare, **(keys | changed), workers=workers)
+    keys = {"seed": 0, "shuffle": True, "max_bad_rows": 2, "quarantine_file": None, "shard": Shard()}
+    return RowStream(JoinedRows([Part(JsonLinesRows(rows))]), prepare, **(keys | changed), workers=workers)
 
 
 def contents(item):
@@ -184,7 +185,7 @@ def test_a_row_that_ends_every_process_is_a_bad_row(rows, workers):
 
 
 def test_what_goes_wrong_in_a_process_names_the_row(rows, workers):
-    with pytest.raises(RuntimeError, match=r"(?s)row 6 cannot be prepared:.*in crash.*ZeroDivisionError"):
+    with pytest.raises(RuntimeError, match=r"(?s)row 6 of .* cannot be prepared:.*in crash.*ZeroDivisionError"):
         open_stream(rows, crash, workers).next_items(ROWS - 2)
     with pytest.raises(BadInput, match=r"row 6 \(id -\): it cannot be passed between processes .*data.workers=0"):
         open_stream(rows, unpicklable, workers).next_items(ROWS - 2)

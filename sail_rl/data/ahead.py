@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from sail_rl.data.example import make_example
-from sail_rl.data.sources import Rows
+from sail_rl.data.mixture import JoinedRows
 from sail_rl.data.workers import Workers
 
 Item = TypeVar("Item")
@@ -16,21 +16,23 @@ Item = TypeVar("Item")
 class RowLoader(Generic[Item]):
     """Prepares rows, here or in a worker. What it gives depends on position and row alone, not on when it is asked."""
 
-    rows: Rows
+    rows: JoinedRows
     prepare: Callable[[Any, int], Item]
     """From an example and its position to the item."""
-    columns: dict[str, str]
     video_frames: int
     compared: bool = False
     """Completions are compared with the right answer, so its type is fixed."""
 
     def load(self, position: int, index: int) -> Item:
         """The item of a row, its pictures decoded; raises BadRow."""
-        row = self.rows.row(index)
-        example = make_example(
-            row, f"row {index + 1}", self.columns, self.rows.folder, self.video_frames, self.compared
-        )
+        part, number = self.rows.locate(index)
+        row, folder, name = part.row(number), part.rows.folder, f"row {number + 1}"
+        example = make_example(row, name, part.columns, folder, self.video_frames, self.compared)
         return self.prepare(example, position)
+
+    def row_name(self, index: int) -> str:
+        """For messages."""
+        return self.rows.row_name(index)
 
 
 class Ahead(Generic[Item]):
@@ -38,7 +40,7 @@ class Ahead(Generic[Item]):
 
     def __init__(self, workers: Workers, loader: RowLoader[Item]):
         self._workers = workers
-        self._source = workers.add(loader.rows.name, loader)
+        self._source = workers.add(loader)
         self._coming: dict[int, Future] = {}
 
     def expect(self, places: Sequence[tuple[int, int]]) -> None:

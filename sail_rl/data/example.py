@@ -13,7 +13,7 @@ from sail_rl.data.images import BadRow, decode_image
 from sail_rl.data.videos import decode_video
 
 MARKERS = {"<image>": "image", "<video>": "video"}
-DECODED_COLUMNS = ("prompt", "images", "image", "videos", "video")
+DECODED_COLUMNS = ("prompt", "messages", "completion", "images", "image", "videos", "video")
 RESERVED_TEXT = (
     *("<IMG_CONTEXT>", "<img>", "</img>"),  # SAIL-VL2, InternVL
     *("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),  # Qwen-VL
@@ -37,6 +37,8 @@ class Example:
     """The row came as a conversation, so rewards get messages and not strings, as in TRL."""
     videos: tuple[tuple[Image.Image, ...], ...] = ()
     """The sampled frames of each video part, RGB."""
+    target: str | None = None
+    """The assistant's turn as the row has it, to be imitated to the letter; None where columns say what to answer."""
 
     @property
     def question(self) -> str:
@@ -72,7 +74,8 @@ def make_example(
         row_columns["videos"] = paths_of(raw_videos, folder)
     messages = conversation(row, len(images), len(videos))
     identifier = str(row["id"]) if row.get("id") is not None else default_id
-    return Example(identifier, messages, images, row_columns, isinstance(row.get("prompt"), list), videos)
+    conversational = isinstance(prompt_of(row), list)
+    return Example(identifier, messages, images, row_columns, conversational, videos, assistant_turn(row))
 
 
 def paths_of(given: list[Any], folder: Path) -> list[str | None]:
@@ -92,18 +95,45 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[s
 
 def check_row(row: Mapping[str, Any]) -> None:
     """What can be seen without decoding a picture: a prompt, an answer, a placeholder for each picture and video."""
-    if not row.get("prompt") and not row.get("question"):
+    turn = assistant_turn(row)
+    if not prompt_of(row):
         raise BadRow("no `question` and no `prompt`; map one with data.columns")
-    answer_text(row)
+    if turn is None:
+        answer_text(row)
     conversation(row, len(image_column(row)), len(video_column(row)))
 
 
-def answer_text(row: Mapping[str, Any]) -> str:
-    """The right answer, from `answer` or `solution`."""
+def prompt_of(row: Mapping[str, Any]) -> Any:
+    """The conversation up to the answer: `prompt`, `question`, or all but the last turn of `messages`."""
+    given = row.get("prompt") or row.get("question")
+    messages = row.get("messages")
+    return messages[:-1] if not given and isinstance(messages, list) else given
+
+
+def assistant_turn(row: Mapping[str, Any]) -> str | None:
+    """The answer that a whole conversation ends with, in `messages` or, after a prompt, in `completion`."""
+    given = row.get("completion") if row.get("prompt") or row.get("question") else row.get("messages")
+    if given is None:
+        return None
+    turns = [{"role": "assistant", "content": given}] if isinstance(given, str) else given
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        raise BadRow("the conversation does not end with a turn of the assistant's")
+    content = content_parts(last.get("content"))
+    text = "".join(part.get("text", "") for part in content)
+    if not text.strip() or any(part["type"] != "text" for part in content):
+        raise BadRow("the assistant's turn must be text, and not empty")
+    return text
+
+
+def answer_text(row: Mapping[str, Any]) -> str | None:
+    """What is right, from `answer` or `solution`; None where the row says it only as the assistant's turn."""
     answer = row.get("answer") if row.get("answer") is not None else row.get("solution")
-    if answer is None or not str(answer).strip():
+    if answer is not None and str(answer).strip():
+        return str(answer)
+    if assistant_turn(row) is None:
         raise BadRow("no `answer` (or `solution`); map one with data.columns or drop the row")
-    return str(answer)
+    return None
 
 
 def image_column(row: Mapping[str, Any]) -> list[Any]:
@@ -124,7 +154,7 @@ def video_column(row: Mapping[str, Any]) -> list[Any]:
 
 def conversation(row: Mapping[str, Any], num_images: int, num_videos: int = 0) -> list[dict[str, Any]]:
     """Messages whose content is a list of parts, with exactly one part for each picture and each video."""
-    prompt = row.get("prompt") or row["question"]
+    prompt = prompt_of(row)
     raw = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(raw, list) or not all(
         isinstance(message, dict) and {"role", "content"} <= message.keys() for message in raw
@@ -160,11 +190,15 @@ def content_parts(content: Any) -> list[dict[str, Any]]:
             raise BadRow(f"a part of type {part['type']!r}; text, image and video can be used")
         if part["type"] == "text" and not isinstance(part.get("text"), str):
             raise BadRow("a part of type text has no `text`")
-    text = "".join(part.get("text") or "" for part in parts)
+    check_reserved("".join(part.get("text") or "" for part in parts), "the conversation")
+    return parts
+
+
+def check_reserved(text: str, name: str) -> None:
+    """Refuse text that the tokenizer would take for a picture or for the end of a turn."""
     reserved = [token for token in RESERVED_TEXT if token in text]
     if reserved:
-        raise BadRow(f"the prompt's text contains {reserved[0]}, which is reserved for pictures and turns; remove it")
-    return parts
+        raise BadRow(f"{name} contains {reserved[0]}, which is reserved for pictures and turns; remove it")
 
 
 def marked_parts(text: str) -> list[dict[str, Any]]:

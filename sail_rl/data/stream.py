@@ -4,17 +4,16 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar
-
-import numpy as np
 
 from sail_rl.command_line import BadInput
 from sail_rl.data.ahead import Ahead, RowLoader
 from sail_rl.data.example import check_row, image_column, rename_columns, video_column
 from sail_rl.data.golds import MOST_BAD_GOLDS, bad_golds, gold_row, is_gold_reason
 from sail_rl.data.images import IMAGE_ERRORS, BadRow, open_image
-from sail_rl.data.sources import ENDLESS, Rows
+from sail_rl.data.mixture import JoinedRows, Part, make_order
 from sail_rl.data.videos import check_video
 from sail_rl.data.workers import Workers
 
@@ -46,10 +45,9 @@ class RowStream(Generic[Item]):
 
     def __init__(
         self,
-        rows: Rows,
+        rows: JoinedRows,
         prepare: Callable[[Any, int], Item],
         *,
-        columns: dict[str, str],
         seed: int,
         shuffle: bool,
         max_bad_rows: int,
@@ -60,31 +58,25 @@ class RowStream(Generic[Item]):
         one_pass: bool = False,
         compared: bool = False,
     ):
-        self.rows, self.columns = rows, columns
-        self.loader = RowLoader(rows, prepare, columns, video_frames, compared)
+        self.rows = rows
+        self.loader = RowLoader(rows, prepare, video_frames, compared)
         self.ahead = Ahead(workers, self.loader) if workers else None
         self.one_pass = one_pass  # the next call after the last row begins anew: prepare nothing beyond it
-        self.seed, self.shuffle, self.max_bad_rows = seed, shuffle, max_bad_rows
+        self.order, self.max_bad_rows = make_order(rows, seed, shuffle), max_bad_rows
         self.quarantine_file, self.shard = quarantine_file, shard
         self.position = 0
         self.bad_rows: dict[int, str] = self._known_bad_rows()
-        self._order: tuple[int, np.ndarray] | None = None
+        self._check_rest()
 
     def check_rows(self) -> None:
         """Find at once all rows that lack something, without decoding pictures; larger sources are checked as read."""
         bad, golds = [], {}
-        for index in range(min(len(self.rows), self.rows.checked_at_start)):
-            try:
-                row = rename_columns(self.rows.row(index), self.columns)
-                check_row(row)
-                for image in image_column(row):
-                    open_image(image, self.rows.folder)
-                for video in video_column(row):
-                    check_video(video, self.rows.folder)
-            except (BadRow, *IMAGE_ERRORS) as error:
-                bad.append((index, reason_of(error)))
-            else:
-                golds[index] = gold_row(row)
+        for part, start in zip(self.rows.parts, self.rows.starts, strict=False):
+            for number in range(min(len(part.rows), part.rows.checked_at_start)):
+                try:
+                    golds[start + number] = gold_row(undecoded_row(part, number))
+                except (BadRow, *IMAGE_ERRORS) as error:
+                    bad.append((start + number, reason_of(error)))
         self._quarantine(bad + (bad_golds(golds) if self.loader.compared else []))
 
     def next_items(self, count: int) -> list[Item]:
@@ -117,19 +109,11 @@ class RowStream(Generic[Item]):
 
     def _next_index(self) -> tuple[int, int]:
         """(position, row number) of the next row that is not known to be bad."""
-        if len(self.bad_rows) >= len(self.rows):
-            raise BadInput(f"{self.rows.name}: no usable row is left")
         while True:
-            epoch, offset = divmod(self.position, len(self.rows))
-            index = int(self._permutation(epoch)[offset]) if self.shuffle and len(self.rows) < ENDLESS else offset
+            index = self.order.row_at(self.position)
             self.position += 1
             if index not in self.bad_rows:
                 return self.position - 1, index
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows)))
-        return self._order[1]
 
     def _quarantine(self, bad: list[tuple[int, str]]) -> None:
         """Set rows aside; stop when there are more than `data.max_bad_rows`, or too many bad right answers."""
@@ -145,6 +129,7 @@ class RowStream(Generic[Item]):
         golds = {i: why for i, why in bad if is_gold_reason(why)}
         if golds and self.shard.rank == 0:
             print(f"warning: {self.rows.name}: {len(golds)} rows left out:\n{self._listed(golds)}", file=sys.stderr)
+        self._check_rest()
 
     def _limit_passed(self, bad_rows: dict[int, str]) -> str | None:
         """Which limit these rows pass, in words; right answers have one of their own."""
@@ -157,16 +142,26 @@ class RowStream(Generic[Item]):
         return None
 
     def _listed(self, rows: dict[int, str]) -> str:
-        shown = [f"  row {i + 1} (id {self._id(i)}): {why}" for i, why in sorted(rows.items())]
+        shown = [f"  {self._described(i)}: {why}" for i, why in sorted(rows.items())]
         more = [f"  and {len(shown) - MISTAKES_SHOWN} more"] if len(shown) > MISTAKES_SHOWN else []
         return "\n".join(shown[:MISTAKES_SHOWN] + more)
+
+    def _check_rest(self) -> None:
+        """Every source that is drawn from must have a row left."""
+        bounds = pairwise(self.rows.starts if self.rows.weights else [0, len(self.rows)])
+        for start, end in bounds:
+            if sum(start <= index < end for index in self.bad_rows) == end - start:
+                name = self.rows.locate(start)[0].name if self.rows.weights else self.rows.name
+                raise BadInput(f"{name}: no usable row is left")
 
     def _known_bad_rows(self) -> dict[int, str]:
         """What an earlier part of this run has set aside: a resumed run leaves out the same rows."""
         file, found = self.quarantine_file, []
         if file and file.is_file() and self.shard.rank == 0:
+            starts = dict(zip((part.name for part in self.rows.parts), self.rows.starts, strict=False))
             records = [json.loads(line) for line in file.read_text().splitlines()]
-            found = [(r["row"] - 1, r["reason"]) for r in records if r["source"] == self.rows.name]
+            ours = [record for record in records if record["source"] in starts]
+            found = [(starts[record["source"]] + record["row"] - 1, record["reason"]) for record in ours]
         known = dict(self.shard.gather(found))
         # More than may be bad stopped the run; whoever starts it again may have mended them.
         return {} if self._limit_passed(known) else known
@@ -174,17 +169,39 @@ class RowStream(Generic[Item]):
     def _record(self, file: Path, bad: list[tuple[int, str]]) -> None:
         """Add rows to the quarantine file, except those that an earlier part of the same run has put there."""
         known = set(file.read_text().splitlines()) if file.is_file() else set()
-        source = self.rows.name
-        rows = [{"source": source, "row": i + 1, "id": self._id(i), "reason": why} for i, why in bad]
-        lines = [line for line in map(json.dumps, rows) if line not in known]
+        lines = []
+        for index, why in bad:
+            part, number = self.rows.locate(index)
+            lines.append(
+                json.dumps({"source": part.name, "row": number + 1, "id": row_id(part, number), "reason": why})
+            )
         with file.open("a") as appended:
-            appended.writelines(line + "\n" for line in lines)
+            appended.writelines(line + "\n" for line in lines if line not in known)
 
-    def _id(self, index: int) -> str:
-        try:
-            return str(self.rows.row(index).get(self.columns.get("id", "id"), "-"))
-        except BadRow:
-            return "-"
+    def _described(self, index: int) -> str:
+        """A row by number and id, and by source where there are several."""
+        part, number = self.rows.locate(index)
+        name = f"row {number + 1}" if len(self.rows.parts) == 1 else self.rows.row_name(index)
+        return f"{name} (id {row_id(part, number)})"
+
+
+def undecoded_row(part: Part, number: int) -> dict[str, Any]:
+    """A row, checked as far as can be without decoding; raises BadRow, or what Pillow raises."""
+    row = rename_columns(part.row(number), part.columns)
+    check_row(row)
+    for image in image_column(row):
+        open_image(image, part.rows.folder)
+    for video in video_column(row):
+        check_video(video, part.rows.folder)
+    return row
+
+
+def row_id(part: Part, number: int) -> str:
+    """The row's own id, if it can be read and has one."""
+    try:
+        return str(part.row(number).get(part.columns.get("id", "id"), "-"))
+    except BadRow:
+        return "-"
 
 
 def reason_of(error: Exception) -> str:

@@ -48,7 +48,7 @@ class Workers:
     def __init__(self, count: int, imports: tuple[str, ...] = ()):
         self.count = count
         self._imports = imports  # modules that take long to load: each process begins with them, before its first row
-        self._loaders: list[tuple[str, bytes]] = []
+        self._loaders: list[tuple[Any, bytes]] = []
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._started: list[Worker] = []
         self._closed, self._lock = False, threading.Lock()
@@ -58,9 +58,9 @@ class Workers:
         for _ in range(count):
             threading.Thread(target=self._serve, daemon=True).start()
 
-    def add(self, name: str, loader: Any) -> int:
+    def add(self, loader: Any) -> int:
         """Make known whose `load(position, index)` prepares rows of a source; its number."""
-        self._loaders.append((name, pickle.dumps(loader)))
+        self._loaders.append((loader, pickle.dumps(loader)))
         return len(self._loaders) - 1
 
     def submit(self, source: int, position: int, index: int) -> Future:
@@ -99,7 +99,7 @@ class Workers:
 
     def _have_done(self, task: Task, worker: "Worker | None") -> "Worker | None":
         """Settle a task's result; the process that can take the next one."""
-        name, ending = f"row {task.index + 1} of {self._loaders[task.source][0]}", ""
+        name, ending = self._loaders[task.source][0].row_name(task.index), ""
         for _ in range(ATTEMPTS):
             if worker is None:
                 return None
@@ -209,7 +209,8 @@ def prepared(loaders: dict[int, Any], source: int, packed_loader: bytes | None, 
     except (BadRow, BadInput) as error:
         return pickle.dumps(error)
     except Exception:
-        return pickle.dumps(RuntimeError(f"row {index + 1} cannot be prepared:\n{traceback.format_exc()}"))
+        name = loaders[source].row_name(index) if source in loaders else f"row {index + 1}"
+        return pickle.dumps(RuntimeError(f"{name} cannot be prepared:\n{traceback.format_exc()}"))
     try:
         return packed(item)
     except Exception as error:  # pickle raises its own, and whatever the objects in a row raise
