@@ -257,7 +257,7 @@ def write_golds(folder, golds):
 
 def test_rows_whose_right_answer_cannot_be_compared_with_are_left_out_and_listed(tmp_path, capsys):
     golds = ["1", "x+1", r"2\sqrt{", {"answer": "E", "options": ["4", "5"]}, *map(str, range(4, 40))]
-    stream = open_stream(write_golds(tmp_path, enumerate(golds)), compared=True, columns={"id": "uid"})
+    stream = open_stream(write_golds(tmp_path, enumerate(golds)), compared=True)
     stream.check_rows()
     assert sorted(stream.bad_rows) == [2, 3]  # of 40, and data.max_bad_rows = 0
     shown = capsys.readouterr().err
