@@ -1,6 +1,6 @@
 """What the mixed reward adds to verifiable rewards: sound reasoning through a judge, and shorter answers.
 
-    .venv/bin/python benchmarks/mixed_reward.py [--seeds 0 1 2]   (about 6 minutes a seed on 2 quiet cores;
+    .venv/bin/python benchmarks/mixed_reward.py [--seeds 0 1 2]   (about ten minutes a seed on 2 quiet cores;
                                                                    finished runs are skipped, so it can be resumed)
 
 For every seed one SFT start that imitates four teachers (terse; wordy; careless, who takes back what it found and yet
