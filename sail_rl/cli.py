@@ -28,6 +28,13 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("--to", choices=("released", "native"), help="the layout to write; the other one if left out")
     convert.add_argument("--dry-run", action="store_true", help="check and tell, but write nothing")
     convert.set_defaults(run_command=convert_checkpoint)
+    merge = commands.add_parser("merge", help="average sister checkpoints, or put adapters into their model's weights")
+    merge.add_argument("target", type=Path, help="the folder to write, new or empty")
+    merge.add_argument("sources", type=Path, nargs="+", help="checkpoint folders; config and processor of the first")
+    merge.add_argument("--weights", type=float, nargs="+", help="one for each checkpoint; equal if left out")
+    merge.add_argument("--force", action="store_true", help="also checkpoints that share no ancestor")
+    merge.add_argument("--adapter", type=Path, help="a folder of LoRA adapters for the one checkpoint named")
+    merge.set_defaults(run_command=merge_checkpoints)
     return parser
 
 
@@ -47,6 +54,21 @@ def convert_checkpoint(arguments: argparse.Namespace) -> None:
 
     plan = convert(arguments.source, arguments.target.resolve(), arguments.to, arguments.dry_run)
     print(("would write " if arguments.dry_run else "wrote ") + result_line(plan, arguments.target))
+
+
+def merge_checkpoints(arguments: argparse.Namespace) -> None:
+    """Merge, and say what was written."""
+    print(f"reading {', '.join(map(str, arguments.sources))}", flush=True)
+    from sail_rl.merge import merge, merge_adapter, result_line
+
+    target, sources = arguments.target.resolve(), arguments.sources
+    if arguments.adapter is None:
+        print("wrote " + result_line(merge(target, sources, arguments.weights, arguments.force)))
+        return
+    if len(sources) > 1 or arguments.weights:
+        raise BadInput("--adapter: name the one checkpoint that the adapters belong to, and no --weights")
+    merge_adapter(target, sources[0], arguments.adapter)
+    print(f"wrote {target}: {sources[0]} with the adapters of {arguments.adapter}")
 
 
 if __name__ == "__main__":
