@@ -29,7 +29,7 @@ from sail_rl.weight_files import (
 
 RECORD = "merge.json"
 RELATED = 0.5  # the distance of weights by their norm: sisters are far below, strangers at about 1.4
-AT_ONCE = 2**24  # numbers that are averaged at once, in float64
+AT_ONCE = 2**20  # numbers that are averaged at once, in float64
 NOT_CARRIED = (".safetensors", ".index.json", ".pt")
 
 
