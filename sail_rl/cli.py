@@ -38,6 +38,13 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 lets other machines in")
     serve.set_defaults(run_command=serve_rollouts)
+    merge = commands.add_parser("merge", help="average sister checkpoints, or put adapters into their model's weights")
+    merge.add_argument("target", type=Path, help="the folder to write, new or empty")
+    merge.add_argument("sources", type=Path, nargs="+", help="checkpoint folders; config and processor of the first")
+    merge.add_argument("--weights", type=float, nargs="+", help="one for each checkpoint; equal if left out")
+    merge.add_argument("--force", action="store_true", help="also checkpoints that share no ancestor")
+    merge.add_argument("--adapter", type=Path, help="a folder of LoRA adapters for the one checkpoint named")
+    merge.set_defaults(run_command=merge_checkpoints)
     return parser
 
 
@@ -115,6 +122,21 @@ def serve_rollouts(arguments: argparse.Namespace) -> None:
         raise BadInput(f"--host {arguments.host} --port {arguments.port}: {error.strerror}") from error
     except KeyboardInterrupt:
         print("\nended", flush=True)
+
+
+def merge_checkpoints(arguments: argparse.Namespace) -> None:
+    """Merge, and say what was written."""
+    print(f"reading {', '.join(map(str, arguments.sources))}", flush=True)
+    from sail_rl.merge import merge, merge_adapter, result_line
+
+    target, sources = arguments.target.resolve(), arguments.sources
+    if arguments.adapter is None:
+        print("wrote " + result_line(merge(target, sources, arguments.weights, arguments.force)))
+        return
+    if len(sources) > 1 or arguments.weights:
+        raise BadInput("--adapter: name the one checkpoint that the adapters belong to, and no --weights")
+    merge_adapter(target, sources[0], arguments.adapter)
+    print(f"wrote {target}: {sources[0]} with the adapters of {arguments.adapter}")
 
 
 if __name__ == "__main__":

@@ -221,7 +221,8 @@ class TrainerSection(Section):
 class SftTrainerSection(TrainerSection):
     """The run itself, as long as steps or passes over the data say."""
 
-    max_steps: Annotated[int, Field(ge=1)] = 0
+    max_steps: Annotated[int, Field(ge=0)] = 0
+    """0 until `num_train_epochs` is counted in steps."""
     num_train_epochs: Annotated[float, Field(gt=0)] | None = None
     """In the place of `max_steps`: passes over data.train. With weights, a pass is as many samples as all sources have
     rows."""

@@ -5,7 +5,6 @@ model. `conversion.json` in the target tells what became of every tensor, and le
 """
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors import safe_open
 
-from sail_rl.command_line import BadInput
 from sail_rl.convert_plan import (
     MANIFEST,
     OTHER,
@@ -32,7 +30,7 @@ from sail_rl.convert_plan import (
     read_json,
 )
 from sail_rl.model.released_config import TILES, is_released, released_config
-from sail_rl.weight_files import Stored, WeightFile, write_index, write_weight_file
+from sail_rl.weight_files import Stored, WeightFile, new_folder, refuse_occupied, write_index, write_weight_file
 
 # Carried over as they are: transformers 4, which the released code needs, does not read all that transformers 5 writes.
 CARRIED = (
@@ -53,20 +51,9 @@ def convert(source: Path, target: Path, to: Layout | None = None, dry_run: bool 
     refuse_occupied(target)
     plan = plan_conversion(source, to)
     if not dry_run:
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            temporary.mkdir(parents=True)
-            write_conversion(plan, temporary)
-            os.replace(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with new_folder(target) as folder:
+            write_conversion(plan, folder)
     return plan
-
-
-def refuse_occupied(target: Path) -> None:
-    """A target must be new or an empty folder."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise BadInput(f"{target} exists and is not an empty folder; name a new one")
 
 
 def result_line(plan: Conversion, target: Path) -> str:

@@ -5,7 +5,10 @@ JSON header, the data) is written here.
 """
 
 import json
-from collections.abc import Callable, Iterable
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,3 +103,21 @@ def write_index(folder: Path, files: dict[str, WeightFile]) -> None:
         "weight_map": {key: name for name, file in files.items() for key in file.tensors},
     }
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def refuse_occupied(target: Path) -> None:
+    """A target must be new or an empty folder."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise BadInput(f"{target} exists and is not an empty folder; name a new one")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the target's name when it is whole and is gone when writing fails."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -109,3 +109,24 @@ def test_resume_in_the_middle_equals_an_uninterrupted_run(start, tmp_path):
         for name in ("whole", "halves")
     )
     assert whole == halves
+
+
+@pytest.mark.slow
+def test_sft_on_a_mixture_goes_on_in_the_middle(start, tmp_path):
+    """Stopped after its first step, in the middle of a pass over each source, it does what it would have done."""
+    common = (f"model={start}", "optim.lr_scheduler_type=constant", "trainer.save_every=1", "trainer.max_steps=3")
+    common += ("data.eval=null", "data.train.0.rows=50", "data.train.1.rows=7", "sft.samples_per_step=10")
+
+    def sft(name, *more):
+        folder = f"output_dir={tmp_path / name}"
+        return command("sail_rl/train_sft.py", "recipes/quickstart_think_fusion.yaml", *common, folder, *more)
+
+    assert sft("whole").returncode == 0
+    assert sft("halves", "trainer.max_steps=1").returncode == 0
+    assert sft("halves").returncode == 0
+    whole, halves = (
+        [{k: v for k, v in r.items() if "second" not in k} for r in records(tmp_path / name)]
+        for name in ("whole", "halves")
+    )
+    assert whole == halves
+    assert [record["samples/cot"] for record in whole] == [1, 1, 1]

@@ -1,6 +1,8 @@
 """Shipped recipes: each passes its dry run, and those of real models train a tiny one of their family."""
 
 import json
+import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 
 from rewards import accuracy_reward
 from sail_rl.command_line import load_recipe
-from sail_rl.config import GrpoRecipe
+from sail_rl.config import GrpoRecipe, SftRecipe
 from sail_rl.data.example import make_example
 from sail_rl.data.sources import open_rows
 
@@ -68,6 +70,53 @@ def test_columns_of_the_dataset(tmp_path):
     completions = [f"<think>see</think>\n\\boxed{{{answer}}}" for answer in ("2\\sqrt{221}", "3")]
     columns = {name: [value] * 2 for name, value in example.columns.items()}
     assert accuracy_reward(completions=completions, **columns) == [1.0, 0.0]
+
+
+def test_phases_of_basic_sft_are_commands_that_work():
+    """Phases 2 to 4 are the recipe with the keys that its first lines name; each starts from the one before."""
+    lines = (ROOT / "recipes/sft_basic.yaml").read_text().splitlines()
+    phases = [shlex.split(line)[3:] for line in lines if line.startswith("#   ... recipes/sft_basic.yaml")]
+    recipes = [load_recipe(SftRecipe, ROOT / "recipes/sft_basic.yaml", overrides) for overrides in ([], *phases)]
+    assert [recipe.output_dir for recipe in recipes] == [f"runs/sft_basic_{phase}" for phase in (1, 2, 3, 4)]
+    for before, recipe in pairwise(recipes):
+        assert recipe.model.path == f"{before.output_dir}/final"
+        assert recipe.data.train != before.data.train
+    assert [source.weight for source in recipes[3].data.train_sources] == [1, 1]
+
+
+def test_think_fusion_on_rows_of_ones_own_sets_bad_ones_aside(start, tmp_path):
+    """The recipe of a real model, on a tiny one: a pass over two files, each with two rows that cannot be used."""
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "good.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    good = {"question": "What is A plus B?", "answer": "3", "images": ["good.png"]}
+    direct = [*[good] * 8, good | {"images": ["torn.png"], "id": "torn"}]
+    direct.append({"messages": [{"role": "user", "content": "Why?"}], "id": "alone"})
+    traced = good | {"reasoning": "A is 1 and B is 2."}
+    traces = [*[traced] * 2, traced | {"reasoning": "A is <think> 1", "id": "open"}, traced | {"reasoning": "1 " * 99}]
+    for name, rows in (("direct", direct), ("traces", traces)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = tmp_path / "run"
+    overrides = [f"model.path={start}", f"output_dir={run}", "trainer.mixed_precision='no'", "data.max_bad_rows=4"]
+    overrides += [f"data.train.{n}.path={tmp_path / name}.jsonl" for n, name in enumerate(("direct", "traces"))]
+    overrides += ["data.train.0.weight=1", "sft.samples_per_step=4", "sft.max_length=150", "optim.learning_rate=1e-3"]
+    result = command("sail_rl/train_sft.py", "recipes/sft_think_fusion.yaml", *overrides)
+    assert result.returncode == 0, result.stderr
+    quarantined = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
+    found = {(r["source"].split("/")[-1], r["row"], r["id"]): r["reason"] for r in quarantined}
+    reasons = {
+        ("direct.jsonl (direct)", 9, "torn"): "image torn.png cannot be read",
+        ("direct.jsonl (direct)", 10, "alone"): "the conversation does not end with a turn of the assistant's",
+        ("traces.jsonl (cot)", 3, "open"): "the target's think tags are <think>, <think>, </think>",
+        ("traces.jsonl (cot)", 4, "-"): "prompt and target have",
+    }
+    assert found.keys() == reasons.keys()
+    assert all(found[row].startswith(reason) for row, reason in reasons.items())
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]  # 14 rows, four a step
+    assert all(record["samples/cot"] + record["samples/direct"] == 4 for record in records)
+    assert all(record["samples/cot"] > 0 for record in records)
+    assert records[-1]["data/bad_rows"] == 4
+    assert records[-1]["nll/cot"] < records[0]["nll/cot"]
 
 
 def test_dry_run_through_accelerate():

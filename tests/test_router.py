@@ -17,7 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from sail_rl.batch import idle_group, make_batch
 from sail_rl.checkpoint import save_model
 from sail_rl.command_line import BadInput
-from sail_rl.config import GrpoSection, RolloutSection
+from sail_rl.config import GrpoSection, RolloutSection, SftSection
 from sail_rl.config_data import ModelSection
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
@@ -25,7 +25,8 @@ from sail_rl.losses import balance_loss
 from sail_rl.model.load import load_model, prepare_for_training
 from sail_rl.model.router import experts_per_token, find_routers, recorded_routers
 from sail_rl.policy import Policy
-from sail_rl.update import update_policy, update_supervised
+from sail_rl.update import update_policy
+from sail_rl.update_sft import update_supervised
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -139,9 +140,8 @@ def run_of(coefficient, **sections):
 
 def supervised_gradient(model, batches, coefficient):
     """(figures, gradients) of train_sft.py's update."""
-    figures = update_supervised(
-        run_of(coefficient), Policy(model), torch.optim.SGD(model.parameters(), lr=0.0), batches
-    )
+    run = run_of(coefficient, sft=SftSection(), data=SimpleNamespace(thinking="think"))
+    figures = update_supervised(run, Policy(model), torch.optim.SGD(model.parameters(), lr=0.0), batches)
     return figures, gradients_of(model)
 
 
