@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from benchmarks.full_step import Task, never_written, new_run, trl_trainer
-from rollouts.vllm_colocate import CPU_ENVIRONMENT, ENVIRONMENT, VLLMEngine, collapsed
+from rollouts.picture_tokens import collapsed
+from rollouts.vllm_colocate import CPU_ENVIRONMENT, ENVIRONMENT, VLLMEngine
 from sail_rl.checkpoint import full_parameters
 from sail_rl.engines import make_vllm_engine, picture_tokens
 

@@ -15,21 +15,12 @@ import numpy as np
 import torch
 
 from rollouts import Prompt, Rollout, Sampling
+from rollouts.picture_tokens import PictureTokens, collapsed
 
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 # Without `nobind` vLLM ties the process, and with it the trainer, to one thread.
 CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 SEEDS = 2**62  # members of a group count on from their prompt's seed, within what torch takes
-
-
-@dataclass(frozen=True)
-class PictureTokens:
-    """How a picture stands among a prompt's tokens."""
-
-    token_id: int
-    """One for every feature of the picture."""
-    around: tuple[int, int] | None = None
-    """Tokens before and after them where vLLM writes these itself, as for InternVL and SAIL-VL2."""
 
 
 @dataclass(frozen=True)
@@ -267,23 +258,6 @@ def request(prompt: Prompt, picture: PictureTokens) -> Any:
         raise ValueError(f"prompt {prompt.id}: {len(prompt.images)} pictures for {found} runs of picture tokens")
     images = {"multi_modal_data": {"image": list(prompt.images)}} if prompt.images else {}
     return {"prompt_token_ids": token_ids} | images
-
-
-def collapsed(token_ids: Sequence[int], picture: PictureTokens) -> tuple[list[int], int]:
-    """The tokens with each run of picture tokens as one, and the number of runs."""
-    short: list[int] = []
-    runs = 0
-    for token, before in zip(token_ids, [None, *token_ids[:-1]], strict=True):
-        if token != picture.token_id:
-            if picture.around and before == picture.token_id:
-                continue  # the token after the picture
-            short.append(token)
-        elif before != picture.token_id:
-            if picture.around:
-                short.pop()  # the token before it
-            short.append(token)
-            runs += 1
-    return short, runs
 
 
 def prompt_seed(seed: int, position: int) -> int:

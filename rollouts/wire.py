@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load, save, save_file
 
 from rollouts import Filters, Prompt, Rollout, Sampling
-from rollouts.vllm_colocate import EngineSettings, PictureTokens, Received
+from rollouts.picture_tokens import PictureTokens
+from rollouts.vllm_colocate import EngineSettings, Received
 
 LENGTH_BYTES = 8
 SHARD = 2**28  # bytes of weights that are held at once, beside the model

@@ -112,7 +112,7 @@ def write_engine_folder(run: Run, model, processor, dtype: str) -> Path:
 
 def picture_tokens(processor):
     """How pictures stand in prompts of this processor."""
-    from rollouts.vllm_colocate import PictureTokens
+    from rollouts.picture_tokens import PictureTokens
 
     # InternVL's and SAIL-VL2's processors write these two around a picture; Qwen-VL's chat template has its own.
     names = ("start_image_token_id", "end_image_token_id")
