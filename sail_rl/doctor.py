@@ -18,6 +18,7 @@ from sail_rl.machine_checks import check_device, check_files, check_packages, ro
 
 SAMPLE = 16  # rows of each source
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2}
+RULES = ("accuracy", "format")  # what a row's own answer must satisfy
 # What stands before an answer in each answer form.
 BEFORE = {
     "think": "<think>It can be seen in the picture.</think>\n",
@@ -184,7 +185,6 @@ def check_engine_parity(patient: Patient) -> str:
 
 def check_rewards(patient: Patient) -> str:
     """Every reward on completions of the model, and on right answers in the form that is asked for."""
-    from rewards import BUILT_IN
     from sail_rl.metrics import mean
     from sail_rl.sampling import training_sampling
     from sail_rl.scoring import load_rewards, score_rollouts, try_on_data
@@ -198,7 +198,7 @@ def check_rewards(patient: Patient) -> str:
     scores = [score_rollouts(run, rewards, questions, completions, step=0) for completions in (right, written)]
     wrong = [
         f"{name} gives {value} to the row's own answer {q.example.columns['answer']!r} (id {q.example.id})"
-        for name in BUILT_IN
+        for name in RULES
         for value, q in zip(scores[0].parts.get(name, []), questions, strict=False)
         if value != 1
     ]
@@ -217,8 +217,9 @@ def check_rewards(patient: Patient) -> str:
 def right_answer(question, thinking: str, tokenizer):
     """A completion that says what the row does."""
     from rollouts import Rollout
+    from sail_rl.data.prompting import answer_form
 
-    text = f"{BEFORE[thinking]}\\boxed{{{question.example.columns['answer']}}}"
+    text = f"{BEFORE[answer_form(question.example, thinking)]}\\boxed{{{question.example.columns['answer']}}}"
     return Rollout(tokenizer(text, add_special_tokens=False)["input_ids"], [], text, "stop", weight_version=0)
 
 

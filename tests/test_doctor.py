@@ -59,12 +59,12 @@ def test_every_problem_has_its_line(tmp_path):
     """An answer that its own reward does not take, a bad row, missing files; what follows from a problem is skipped."""
     Image.new("RGB", (56, 56), "red").save(tmp_path / "good.png")
     rows = [{"question": "How many?", "answer": "3", "images": ["good.png"]}]
-    rows.append({"question": "How many?", "answer": "{3", "images": ["good.png"]})
+    rows.append({"question": "How many?", "answer": "3 </think>", "images": ["good.png"]})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "bad.jsonl").write_text(json.dumps({"question": "How many?", "answer": "3", "images": ["none.png"]}))
     code, verdicts, told = doctor(tmp_path, *TINY, f"data.train={tmp_path / 'rows.jsonl'}", "data.eval=null")
     assert (code, verdicts[:-1], verdicts[-1]) == (2, [("ok", n) for n in NAMES[:-1]], ("problem", "rewards")), told
-    assert "to the row's own answer '{3' (id" in told
+    assert "to the row's own answer '3 </think>' (id" in told
     code, verdicts, told = doctor(tmp_path, *TINY, f"data.train={tmp_path / 'bad.jsonl'}", "data.eval=null")
     assert code == 2
     assert {name: verdict for verdict, name in verdicts} == dict.fromkeys(NAMES, "ok") | {

@@ -182,7 +182,7 @@ def counted(when_failing, steps):
         values = [None] * (3 + missing) + [1.0] * (5 - missing)
         failed = [False] * 3 + [True] * missing + [False] * (5 - missing)
         outcomes = [
-            Outcome(9, False, 1.0, fine | {"think_quality": v}, dict.fromkeys(fine, False) | {"think_quality": f})
+            Outcome(9, False, 1.0, fine | {"think_quality": v}, dict.fromkeys(fine, False) | {"think_quality": f}, {})
             for v, f in zip(values, failed, strict=True)
         ]
         progress = progress.after(**count_failures(run, rewards, progress, outcomes, ["reward 'x': status: 500"]))
