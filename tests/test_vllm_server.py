@@ -185,7 +185,7 @@ SPOILT = {
     "no JSON": (lambda status, content: (200, b"<html>"), "JSONDecodeError"),
     "cut short": (lambda status, content: (200, content[:-9], len(content)), "cut short"),
     "hung up": (lambda status, content: None, "RemoteDisconnected"),
-    "late": (lambda status, content: time.sleep(4), "no answer within 3 s"),
+    "late": (lambda status, content: time.sleep(10), "no answer within 8 s"),
 }
 
 
@@ -210,7 +210,7 @@ def test_a_spoilt_answer_is_asked_for_again(how, world, model, naps, capsys):
     sampling = Sampling(LENGTH, seed=1)
     expected = world.engine.generate(world.prompts, GROUP, sampling)
     proxy = Proxy(world.engine.links[0].url, spoil=spoiling(how, 1)).start()
-    engine = another_engine(world, [proxy.url], request=3 if how == "late" else 60)
+    engine = another_engine(world, [proxy.url], request=8 if how == "late" else 60)
     engine.load_weights(full_parameters(model), 0)
     assert engine.generate(world.prompts, GROUP, sampling) == expected
     assert naps == [1]
@@ -250,16 +250,16 @@ def test_nobody_listens(world, naps):
     begin = time.monotonic()
     with pytest.raises(BadInput, match=rf"rollout server {url}/start: ConnectionRefusedError"):
         another_engine(world, [url], start=1.2, restarts=1)
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 60
 
 
-def test_killed_while_it_writes(world, model, capsys):
+def test_killed_with_a_request(world, model, capsys):
     """A new process, the same weights, and the completions that the old one would have written."""
-    sampling = Sampling(100, seed=1)
+    sampling = Sampling(LENGTH, seed=1)
     expected = world.engine.generate(world.prompts, 8, sampling)
     killed = world.engine.links[0].process
+    killed.send_signal(signal.SIGSTOP)  # else it might have answered by then
     pending = world.engine.begin(world.prompts, 8, sampling)
-    time.sleep(0.3)
     killed.send_signal(signal.SIGKILL)
     found = world.engine.finish(pending)
     assert found == expected
