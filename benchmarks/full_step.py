@@ -14,6 +14,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from rewards.call import call_function
 from rollouts.hf import HFEngine
 from sail_rl import scoring
 from sail_rl.advantage import group_advantages
@@ -180,7 +181,8 @@ def named(reward) -> Callable[..., Any]:
 
     def function(completions, **columns):
         texts = [completion[0]["content"] for completion in completions]
-        return reward.function(completions=texts, **columns, **reward.arguments)
+        verdicts = call_function(reward.function, {**columns, **reward.arguments, "completions": texts})
+        return [verdict.value for verdict in verdicts]
 
     function.__name__ = reward.name
     return function
