@@ -191,7 +191,7 @@ def pair_verdicts():
     rows = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
     found = accuracy_verdicts([row["completion"] for row in rows], answer=[row["gold"] for row in rows])
     assert sum(one.value == float(row["correct"]) for one, row in zip(found, rows, strict=True)) >= 0.97 * len(rows)
-    assert max(one.seconds for one in found) < 25  # none hangs; benchmarks/rewards.py tells how long they take
+    assert max(one.seconds for one in found) < 2.5
     return [one.outcome for one in found]
 
 
