@@ -27,6 +27,7 @@ from sail_rl.engines import end_tokens, make_vllm_engine
 from sail_rl.launch import Run
 from sail_rl.losses import loss_normaliser
 from sail_rl.metrics import Stopwatch
+from sail_rl.model.cpu_linear import use_onednn, use_torch
 from sail_rl.model.load import image_token_ids, prepare_for_training
 from sail_rl.optimizer import make_optimizer, set_learning_rate
 from sail_rl.policy import Policy
@@ -48,11 +49,12 @@ class Task:
     """Of one of TRL's micro-batches."""
 
 
-def our_side(task: Task) -> Callable[[], Phases]:
+def our_side(task: Task, *, onednn: bool) -> Callable[[], Phases]:
     """The loop body of train_grpo.py, without its log and checkpoints, with the recipe's engine and precision."""
     recipe = task.recipe
     rollout, grpo = recipe.rollout, recipe.grpo
     run, policy = new_run(recipe), copy.deepcopy(task.model)
+    (use_onednn if onednn else use_torch)(policy)
     rewards = scoring.load_rewards(recipe)
     stream = question_stream(run, "train", task.processor)
     suppressed = image_token_ids(policy, task.processor)
@@ -108,7 +110,9 @@ def trl_side(task: Task) -> Callable[[], Phases]:
     from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
     if task.recipe.rollout.engine == "hf":
-        trainer = trl_trainer(task, copy.deepcopy(task.model), [{"prompt": "unused"}])
+        policy = copy.deepcopy(task.model)
+        use_torch(policy)
+        trainer = trl_trainer(task, policy, [{"prompt": "unused"}])
     else:
         from benchmarks.vllm_sides import trl_with_vllm
 

@@ -5,7 +5,8 @@
 Three tasks: the quickstart from its SFT start, whose prompts have 31 tokens and whose tower is small; its pictures read
 by the model of update.py, random weights with the 2B's shares of tower and head; and long prompts for it. `--curve`
 instead trains the quickstart with both, on three seeds, and compares greedy accuracy on 300 unseen questions over the
-number of rollouts. With `--engine vllm` both sides write with vLLM in this process, in bfloat16, which is all that TRL
+number of rollouts. Our linear layers multiply by oneDNN where MKL is slow (sail_rl/model/cpu_linear.py); a third side
+shows ours without. With `--engine vllm` both sides write with vLLM in this process, in bfloat16, which is all that TRL
 has, and completions have one length; ours in float32 is measured beside it. TRL 1.16 would not run so here: what is
 mended is in vllm_sides.py. SFT starts and finished runs are kept in runs/benchmarks, to go on from if it is stopped.
 """
@@ -81,9 +82,10 @@ def measure_vllm(name: str, make_task: Callable[..., Any], short: bool) -> dict[
 def measure_ours(make_task: Callable[..., Any], short: bool, rounds: int) -> dict[str, float]:
     """Median seconds of our phases with vLLM in float32."""
     from benchmarks.full_step import median_phases, our_side
+    from sail_rl.model.cpu_linear import is_faster_here
 
     prepare_vllm_process()
-    step = our_side(with_vllm(make_task(short), "no"))
+    step = our_side(with_vllm(make_task(short), "no"), onednn=is_faster_here())
     return median_phases([step() for _ in range(rounds + WARM_UP)][WARM_UP:])
 
 
@@ -106,10 +108,13 @@ def with_vllm(task, precision: str):
 def measure(name: str, task, rounds: int) -> dict[str, Any]:
     """Median seconds of each phase, both sides in turn."""
     from benchmarks.full_step import median_phases, our_side, total, trl_side
+    from sail_rl.model.cpu_linear import is_faster_here
 
     warm_up = 1 if task.recipe.rollout.engine == "hf" else WARM_UP
     print(f"{name}: {rounds} rounds after {warm_up} for warming up", flush=True)
-    sides = {"ours": our_side(task), "trl": trl_side(task)}
+    sides = {"ours": our_side(task, onednn=is_faster_here()), "trl": trl_side(task)}
+    if is_faster_here() and task.recipe.rollout.engine == "hf":
+        sides["ours, torch's products"] = our_side(task, onednn=False)
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(rounds + warm_up):
         for side, step in sides.items():
@@ -121,7 +126,10 @@ def measure(name: str, task, rounds: int) -> dict[str, Any]:
     ratio = {phase: medians["trl"][phase] / medians["ours"][phase] for phase in medians["ours"]}
     whole = total(medians["trl"]) / total(medians["ours"])
     rollouts = task.recipe.rollout.prompts_per_step * task.recipe.rollout.num_generations
-    return {"task": name, "rollouts": rollouts, "seconds": medians, "ratio": ratio, "ratio_vs_trl": whole}
+    row: dict[str, Any] = {}
+    if "ours, torch's products" in medians:
+        row["ratio_of_torch_products"] = total(medians["trl"]) / total(medians["ours, torch's products"])
+    return row | {"task": name, "rollouts": rollouts, "seconds": medians, "ratio": ratio, "ratio_vs_trl": whole}
 
 
 def quickstart_task(short: bool):

@@ -62,6 +62,10 @@ def adapted(base, kind="dense", parts=("llm",), **settings):
     return load_model(ModelSection(path=str(base / kind), lora=lora), seed=0)[0].eval()
 
 
+def unadapted(base, kind):
+    return load_model(ModelSection(path=str(base / kind)), seed=0)[0].eval()
+
+
 def trained(base, kind="dense", parts=("llm",), dtype="float32"):
     """With adapters that make a difference, as training would leave them."""
     section = ModelSection(path=str(base / kind), dtype=dtype, lora=LoraSection(r=4, lora_alpha=8, parts=list(parts)))
@@ -83,7 +87,7 @@ def names_of_adapted(model):
 
 @pytest.mark.parametrize(("kind", "parts"), [(kind, (part,)) for kind, part in LAYERS] + [("dense", ("tower", "llm"))])
 def test_exactly_the_linear_layers_of_the_parts_get_adapters(base, batch, kind, parts):
-    model, plain = adapted(base, kind, parts), AutoModelForImageTextToText.from_pretrained(base / kind)
+    model, plain = adapted(base, kind, parts), unadapted(base, kind)
     assert torch.equal(logits_of(model, batch), logits_of(plain, batch))  # fresh adapters change nothing
     names = names_of_adapted(model)
     for part in parts:
@@ -172,7 +176,7 @@ def test_the_final_folder_is_a_whole_model_with_its_adapters_beside_it(base, pro
     names = [load_file(folder / "model.safetensors").keys() for folder in (tmp_path / "final", base / kind)]
     assert names[0] == names[1]
 
-    plain = AutoModelForImageTextToText.from_pretrained(base / kind)
+    plain = unadapted(base, kind)
     peft_model = PeftModel.from_pretrained(plain, tmp_path / "final/adapter").eval()
     assert torch.equal(logits_of(peft_model, batch), logits)
     stored = load_file(tmp_path / "final/adapter/adapter_model.safetensors")
@@ -196,7 +200,7 @@ def test_adapters_come_back_to_the_bit_and_others_are_refused(base, tmp_path):
 
 def test_the_reference_is_the_starting_policy(base, batch):
     section = ModelSection(path=str(base / "dense"), lora=LoraSection(r=4, lora_alpha=8))
-    policy, plain = trained(base), AutoModelForImageTextToText.from_pretrained(base / "dense")
+    policy, plain = trained(base), unadapted(base, "dense")
     before = logits_of(policy, batch)
     reference, start = starting_policy(section, 0, Policy(policy)), Policy(plain)(batch).log_probs_BT
     with adapters_off(reference):

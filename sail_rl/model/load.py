@@ -12,6 +12,7 @@ import sail_rl.model  # noqa: F401  (registers SAIL-VL2 with the Auto classes)
 from sail_rl.command_line import BadInput
 from sail_rl.config_data import ModelSection
 from sail_rl.data.pictures import picture_row
+from sail_rl.model.cpu_linear import is_faster_here, use_onednn
 from sail_rl.model.liger import require_liger, use_liger
 from sail_rl.model.lora import add_adapters
 from sail_rl.model.processing_sail_vl2 import SailVL2Processor
@@ -57,6 +58,8 @@ def load_model(section: ModelSection, seed: int):
         use_liger(model)
     if section.lora:
         add_adapters(model, section.lora, PARTS, str(section.path), seed)
+    if is_faster_here():
+        use_onednn(model)
     return model, processor
 
 
