@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -44,26 +46,49 @@ def main() -> None:
     arguments = parser.parse_args()
     found = machine() | {"threads of each of two processes": THREADS}
     server, front = free_port(), free_port()
-    serving = start("-m", "sail_rl.cli", "serve-rollouts", "--port", server)
-    rows = []
-    for late, updates in ((0.0, 1), (arguments.late, 1), (arguments.late, arguments.updates)):
-        proxy = start("tests/rollout_proxy.py", f"http://127.0.0.1:{server}", front, late)
-        rows += [measure(arguments, front, late, updates, overlap) for overlap in (0, 1)]
-        proxy.terminate()
-        proxy.wait()
-    serving.terminate()
-    for apart, together in zip(rows[::2], rows[1::2], strict=True):
-        for row in (apart, together):
-            row["longer"] = max(apart["rollout"], apart["update"])
-            row["ratio"] = row["step"] / row["longer"]
-    text = f"# Overlap of writing and training, {arguments.steps} steps of the quickstart\n\n{markdown(rows, COLUMNS)}"
-    save(arguments.output, {"machine": found, "rows": rows}, text)
+    pairs = []
+    with running("-m", "sail_rl.cli", "serve-rollouts", "--port", server):
+        for late, updates in ((0.0, 1), (arguments.late, 1), (arguments.late, arguments.updates)):
+            with running("tests/rollout_proxy.py", f"http://127.0.0.1:{server}", front, late):
+                pairs.append([measure(arguments, front, late, updates, overlap) for overlap in (0, 1)])
+    found["load_after"] = os.getloadavg()[0]
+    rows = [row | against(apart, row) for apart, together in pairs for row in (apart, together)]
+    save(
+        arguments.output, {"machine": found, "steps": arguments.steps, "rows": rows}, told(rows, found, arguments.steps)
+    )
+
+
+def against(apart: dict, row: dict) -> dict:
+    """What a step is compared with: the longer phase of the run without overlap."""
+    longer = max(apart["rollout"], apart["update"])
+    return {"longer": longer, "ratio": row["step"] / longer}
+
+
+def told(rows: list[dict], found: dict, steps: int) -> str:
+    """The table, and under what conditions it was made."""
+    return (
+        f"# Overlap of writing and training, {steps} steps of the quickstart\n\n{markdown(rows, COLUMNS)}\n"
+        f"Medians without the first {UNCOUNTED} steps. Trainer and server have {found['threads']} threads each on "
+        f"{found['cores']} cores: without latency both phases\nwant the same cores. The machine's load was "
+        f"{found['load_before']:.1f} before the runs and {found['load_after']:.1f} after them, their own included.\n"
+    )
 
 
 def free_port() -> int:
     """A port that nobody listens at."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
+
+
+@contextmanager
+def running(*arguments: object) -> Iterator[None]:
+    """A program beside this one, ended at last."""
+    program = start(*arguments)
+    try:
+        yield
+    finally:
+        program.terminate()
+        program.wait()
 
 
 def start(*arguments: object) -> subprocess.Popen:

@@ -26,6 +26,8 @@ class Reward:
     """The recipe entry's own keys, passed on at every call."""
     remote: Remote | None = None
     """The process that the function is called in, when not in this one."""
+    at_once: bool = False
+    """Whether it is called once for all completions of a step, in the trainer's own thread."""
 
     def close(self) -> None:
         """End the process of the function."""
@@ -64,7 +66,7 @@ def load_reward(
         why = "in_process: true has no process to end" if in_process else why
         raise RewardError(f"reward {function!r}: timeout = {timeout:g} cannot be kept: {why}; leave one of them out")
     given = {**arguments, "judge": judge} if asks_judge else arguments
-    return Reward(name, found, weight, given, Remote(function, timeout) if apart else None)
+    return Reward(name, found, weight, given, Remote(function, timeout) if apart else None, at_once=in_process)
 
 
 def find_reward(function: str) -> None:

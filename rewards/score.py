@@ -6,7 +6,7 @@ mix.py says what becomes of a reward that is None or failed.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,6 +63,28 @@ def score(
         errors += messages
         done.append(reward)
     return Scores(mix(rewards, parts, failed, group_size, mixing), parts, failed, errors, verdicts, checks)
+
+
+def joined(parts: Sequence[tuple[Sequence[int], Scores]]) -> Scores:
+    """The scores of completions that were scored apart, each with its place among all of them."""
+    count = sum(len(places) for places, _ in parts)
+
+    def in_place(columns: Iterable[Sequence[Any] | None]) -> list[Any]:
+        whole: list[Any] = [None] * count
+        for (places, _), column in zip(parts, columns, strict=True):
+            for place, value in zip(places, column or [None] * len(places), strict=True):
+                whole[place] = value
+        return whole
+
+    def by_name(field: str) -> dict[str, list[Any]]:
+        found = [getattr(scores, field) for _, scores in parts]
+        return {
+            name: in_place(one.get(name) for one in found) for name in dict.fromkeys(n for one in found for n in one)
+        }
+
+    errors = list(dict.fromkeys(error for _, scores in parts for error in scores.errors))
+    named = {field: by_name(field) for field in ("parts", "failed", "verdicts", "checks")}
+    return Scores(totals=in_place(scores.totals for _, scores in parts), errors=errors, **named)
 
 
 def in_order(rewards: Sequence[Reward]) -> list[Reward]:

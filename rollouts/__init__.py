@@ -3,7 +3,7 @@
 This package imports nothing of `sail_rl`. A new engine is a new file here that follows `RolloutEngine`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -77,10 +77,20 @@ class Rollout:
     """Optimizer steps that the weights had seen."""
 
 
+Finished = Callable[[int, list[Rollout]], object]
+"""What is told of a group as soon as it is whole, perhaps in another thread: the place of its prompt, and the group."""
+
+
+def unheard(place: int, group: list[Rollout]) -> None:
+    """Nobody waits for single groups."""
+
+
 class RolloutEngine(Protocol):
     """What the trainer needs of an engine."""
 
-    def generate(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, finished: Finished = unheard
+    ) -> list[Rollout]:
         """`group_size` completions of every prompt, groups together, in the order of the prompts."""
         ...
 

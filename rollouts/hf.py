@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from rollouts import Filters, Prompt, Rollout, Sampling
+from rollouts import Filters, Finished, Prompt, Rollout, Sampling, unheard
 from rollouts.distribution import drawn_log_probs, first_places
 from rollouts.inputs import PICTURE_INPUTS, position_ids, stack_model_inputs, stack_prompts
 from rollouts.roomy_cache import give_room
@@ -71,17 +71,23 @@ class HFEngine:
         """Nothing was started."""
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, finished: Finished = unheard
+    ) -> list[Rollout]:
         """`group_size` completions of every prompt, groups together, in the order of the prompts."""
         was_training = self.model.training
         self.model.eval()
+        rollouts: list[Rollout] = []
         try:
             at_once = max(1, self.batch_size // group_size)
-            parts = [prompts[start : start + at_once] for start in range(0, len(prompts), at_once)]
             with self.weights():
-                return [rollout for part in parts for rollout in self._generate_batch(part, group_size, sampling)]
+                for start in range(0, len(prompts), at_once):
+                    rollouts += self._generate_batch(prompts[start : start + at_once], group_size, sampling)
+                    for place in range(start, len(rollouts) // group_size):
+                        finished(place, rollouts[place * group_size : (place + 1) * group_size])
         finally:
             self.model.train(was_training)
+        return rollouts
 
     def _generate_batch(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> list[Rollout]:
         device = self.model.device

@@ -7,8 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
-from http.client import HTTPConnection, HTTPException
+from collections.abc import Callable, Iterable, Iterator
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -46,10 +46,18 @@ class Link:
     def __init__(self, url: str):
         self.url = url
 
-    def call(self, path: str, limit: float, content: bytes, files: Iterable[Path] = (), patient: bool = False) -> Any:
+    def call(
+        self,
+        path: str,
+        limit: float,
+        content: bytes,
+        files: Iterable[Path] = (),
+        patient: bool = False,
+        each: Callable[[Any], object] = lambda part: None,
+    ) -> Any:
         """The answer to a request: a message, then files. A patient call waits for a server that does not listen yet.
 
-        All of it may take `limit` seconds.
+        All of it may take `limit` seconds. `each` is given the parts of the answer as they come.
         """
         deadline = time.monotonic() + limit
         files = list(files)
@@ -64,13 +72,12 @@ class Link:
             for file in files:
                 with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                     send(connection.sock, mapped, deadline)
-            status, answer = receive(connection, deadline)
+            status, answer = receive(connection, deadline, each)
         except (OSError, HTTPException, ValueError) as mistake:
             late = f"no answer within {limit:g} s" if isinstance(mistake, TimeoutError) else repr(mistake)
             raise ServerFault(f"{self.url}{path}: {late}{self.last_words()}") from mistake
         if status != 200:
-            told = answer.get("error") if isinstance(answer, dict) else answer
-            raise KINDS.get(status, ServerFault)(f"{self.url}{path}: {told} (status {status})")
+            raise KINDS.get(status, ServerFault)(f"{self.url}{path}: {answer} (status {status})")
         return answer
 
     def _connect(self, deadline: float, patient: bool) -> HTTPConnection:
@@ -150,15 +157,29 @@ def send(connection: socket.socket, content: bytes | mmap.mmap, deadline: float)
     connection.sendall(content)
 
 
-def receive(connection: HTTPConnection, deadline: float) -> tuple[int, Any]:
-    """Status and JSON of the answer, a piece at a time, so that a server that dawdles is cut off as well."""
+def receive(connection: HTTPConnection, deadline: float, each: Callable[[Any], object]) -> tuple[int, Any]:
+    """Status and answer, or what is said of an error; parts are handed on before."""
     link = connection.sock
     link.settimeout(left(deadline))
     response = connection.getresponse()
-    pieces = []
+    for line in lines_of(response, link, deadline):
+        told = json.loads(line)
+        if not isinstance(told, dict) or not told.keys() & {"part", "answer", "error"}:
+            return response.status, told
+        if "answer" in told:
+            return response.status, told["answer"]
+        if "error" in told:
+            return told.get("status", response.status), told["error"]
+        each(told["part"])
+    raise ConnectionError("the answer is cut short")
+
+
+def lines_of(response: HTTPResponse, link: socket.socket, deadline: float) -> Iterator[bytes]:
+    """Whole lines as they come, read a piece at a time, so that a server that dawdles is cut off as well."""
+    rest = b""
     while piece := response.read1(PIECE):
-        pieces.append(piece)
+        *whole, rest = (rest + piece).split(b"\n")
+        yield from whole
         link.settimeout(left(deadline))
-    if len(content := b"".join(pieces)) != int(response.headers.get("Content-Length", -1)):
-        raise ConnectionError("the answer is cut short")
-    return response.status, json.loads(content)
+    if rest:
+        yield rest

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rollouts import Prompt, Rollout, Sampling
+from rollouts import Finished, Prompt, Rollout, Sampling, unheard
 from rollouts.picture_tokens import PictureTokens, collapsed
 
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -108,22 +108,32 @@ class VLLMEngine:
         self.llm.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
 
-    def generate(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, finished: Finished = unheard
+    ) -> list[Rollout]:
         """`group_size` completions of every prompt, groups together, in the order of the prompts."""
         if self.weight_version is None:
             raise RuntimeError("the engine lacks weights: a push did not end, or none has come since it slept")
         count = group_size if sampling.temperature else 1  # vLLM writes one likeliest completion only
         requests = [request(prompt, self.picture) for prompt in prompts]
-        outputs = self._write(requests, [self._params(p, count, sampling) for p in prompts])
-        groups = [[self._rollout(written) for written in output.outputs] for output in outputs]
-        return [rollout for group in groups for rollout in group * (group_size // count)]
+        groups: dict[int, list[Rollout]] = {}
+        for place, output in self._write(requests, [self._params(p, count, sampling) for p in prompts]):
+            groups[place] = [self._rollout(written) for written in output.outputs] * (group_size // count)
+            finished(place, groups[place])
+        return [rollout for place in range(len(prompts)) for rollout in groups[place]]
 
-    def _write(self, requests: list[Any], params: list[Any]) -> list[Any]:
-        """vLLM's outputs. What an error leaves of the requests is taken out: every later call would go on with it."""
+    def _write(self, requests: list[Any], params: list[Any]) -> Iterator[tuple[int, Any]]:
+        """vLLM's outputs as they are finished, with the places of their requests.
+
+        What an error leaves of the requests is taken out: every later call would go on with it.
+        """
+        engine = self.llm.llm_engine
         try:
-            return self.llm.generate(requests, params, use_tqdm=False)
+            first = self.llm.request_counter.counter  # requests are numbered
+            self.llm.enqueue(requests, params, use_tqdm=False)
+            while engine.has_unfinished_requests():
+                yield from ((int(output.request_id) - first, output) for output in engine.step() if output.finished)
         except BaseException:
-            engine = self.llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
 
@@ -174,7 +184,7 @@ class VLLMEngine:
         self.llm.apply_model(watch)
         params = self._params(prompt, 1, Sampling(max_completion_length=1, temperature=0))
         try:
-            (output,) = self._write([request(prompt, self.picture)], [params])
+            ((_, output),) = self._write([request(prompt, self.picture)], [params])
         finally:
             self.llm.apply_model(lambda model: delattr(model, "embed_multimodal"))
         return Received(list(output.prompt_token_ids), self.digest(read))

@@ -14,14 +14,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from time import sleep
 from typing import Any
 from uuid import uuid4
 
 import torch
 
-from rollouts import Prompt, Rollout, Sampling, wire
+from rollouts import Finished, Prompt, Rollout, Sampling, unheard, wire
+from rollouts.in_thread import in_thread
 from rollouts.server_link import Lacking, Link, OwnLink, Refused, ServerFault
 from rollouts.vllm_colocate import Received, digest_of_pixels
 
@@ -63,6 +63,7 @@ class Pending:
     prompts: Sequence[Prompt]
     group_size: int
     sampling: Sampling
+    finished: Finished
     groups: dict[int, list[Rollout]] = field(default_factory=dict)
     """Whole groups that have come, by the places of their prompts."""
     asked: list[Future[list[Fault]]] = field(default_factory=list)
@@ -113,16 +114,20 @@ class ServerEngine:
                 pass
         self.weight_version, self.pushes = version, self.pushes + 1
 
-    def generate(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, finished: Finished = unheard
+    ) -> list[Rollout]:
         """`group_size` completions of every prompt, groups together, in the order of the prompts."""
-        return self.finish(self.begin(prompts, group_size, sampling))
+        return self.finish(self.begin(prompts, group_size, sampling, finished))
 
-    def begin(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> Pending:
+    def begin(
+        self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, finished: Finished = unheard
+    ) -> Pending:
         """Let servers write, and return at once; nothing else may be asked of the engine until `finish`."""
         if self.weight_version is None:
             raise RuntimeError("the engine lacks weights: a push did not end, or none has come")
         self._until_done(list)
-        pending = Pending(prompts, group_size, sampling)
+        pending = Pending(prompts, group_size, sampling, finished)
         self._ask(pending)
         return pending
 
@@ -241,17 +246,26 @@ class ServerEngine:
         pending.asked = [in_thread(self._ask_one, pending, number, places) for number, places in parts if places]
 
     def _ask_one(self, pending: Pending, number: int, places: Sequence[int]) -> list[Fault]:
-        """Ask one server; what comes is kept if all of it is right."""
+        """Ask one server; of what comes, groups are kept that are whole and right."""
         prompts, link = [pending.prompts[place] for place in places], self.links[number]
         question = wire.pack_question(prompts, pending.group_size, pending.sampling, self.weights)
+        is_broken = self._broken_in(pending.sampling)
+
+        def keep(told: Any) -> None:
+            place, group = wire.group_of(told, prompts, pending.group_size, is_broken)
+            if places[place] in pending.groups:
+                raise wire.WrongAnswer("it answers a prompt twice")
+            pending.groups[places[place]] = group
+            pending.finished(places[place], group)
+
         try:
-            answer = link.call("/generate", self.limits.request, question)
-            groups = wire.groups_of(answer, prompts, pending.group_size, self._broken_in(pending.sampling))
+            link.call("/generate", self.limits.request, question, each=keep)
+            if missing := [place for place in places if place not in pending.groups]:
+                raise wire.WrongAnswer(f"it answers {len(places) - len(missing)} of {len(places)} prompts")
         except wire.WrongAnswer as wrong:
             return [Fault(number, type(wrong), f"{link.url}: {wrong}")]
         except ServerFault as fault:
             return [Fault(number, type(fault), str(fault))]
-        pending.groups.update(zip(places, groups, strict=True))
         return []
 
     def _broken_in(self, sampling: Sampling) -> Callable[[Rollout], str | None]:
@@ -266,20 +280,6 @@ class ServerEngine:
         faults = [fault for future in pending.asked for fault in future.result()]
         pending.asked = []
         return faults
-
-
-def in_thread(work: Callable[..., Any], *arguments: Any) -> Future:
-    """What a thread of its own makes of it; the thread does not keep an interrupted program alive."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work(*arguments))
-        except BaseException as mistake:
-            future.set_exception(mistake)
-
-    Thread(target=run, daemon=True).start()
-    return future
 
 
 def broken(rollout: Rollout, allowed: Set[int], most: int, version: int | None) -> str | None:

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 
 from safetensors.torch import load
 
-from rollouts import Prompt, Sampling, wire
+from rollouts import Prompt, Rollout, Sampling, wire
 from rollouts.vllm_colocate import VLLMEngine
 
 PR_SET_PDEATHSIG = 1
@@ -44,7 +43,8 @@ class Job:
     content: bytes
     """The first frame."""
     more: Iterator[bytes]
-    answer: Future = field(default_factory=Future)
+    told: "queue.SimpleQueue[dict[str, Any] | Exception]" = field(default_factory=queue.SimpleQueue)
+    """Lines of the answer; the last one has `answer`, or is an error."""
 
 
 class Host:
@@ -72,7 +72,7 @@ class Host:
             raise ValueError(f"there is no {job.path}")
         if self.weights != message["weights"]:
             raise NotReady(f"the server has the weights {self.weights}, not {message['weights']}")
-        return self.generate(self.engine, prompts, message["group_size"], wire.sampling_of(message["sampling"]))
+        return self.generate(self.engine, prompts, message["group_size"], wire.sampling_of(message["sampling"]), job)
 
     def start(self, content: bytes) -> dict[str, Any]:
         """Make the engine, unless it is there already."""
@@ -91,16 +91,19 @@ class Host:
         return {}
 
     def generate(
-        self, engine: VLLMEngine, prompts: list[Prompt], group_size: int, sampling: Sampling
+        self, engine: VLLMEngine, prompts: list[Prompt], group_size: int, sampling: Sampling, job: Job
     ) -> dict[str, Any]:
-        """Completions; a prompt that is too long is the request's fault."""
+        """Tell each group as soon as it is whole; a prompt that is too long is the request's fault."""
         from vllm.exceptions import VLLMValidationError
 
+        def finished(place: int, group: list[Rollout]) -> None:
+            job.told.put({"part": wire.group_told(place, prompts[place], group)})
+
         try:
-            rollouts = engine.generate(prompts, group_size, sampling)
+            engine.generate(prompts, group_size, sampling, finished)
         except VLLMValidationError as mistake:
             raise ValueError(str(mistake)) from mistake
-        return {"groups": wire.groups_told(prompts, rollouts, group_size)}
+        return {}
 
     def push(self, engine: VLLMEngine, message: dict[str, Any], more: Iterator[bytes]) -> dict[str, Any]:
         """Take weights; none are left if they do not all come."""
@@ -136,24 +139,34 @@ class Handler(BaseHTTPRequestHandler):
         frames = wire.frames(self.rfile, int(self.headers["Content-Length"]))
         job = Job(self.path, next(frames), frames)
         self.server.jobs.put(job)
-        mistake = job.answer.exception()
-        if mistake is None:
-            return self.reply(200, job.answer.result())
-        for _ in frames:  # the trainer listens when it has sent everything
-            pass
-        status = 409 if isinstance(mistake, NotReady) else 400 if isinstance(mistake, ValueError) else 500
-        self.reply(status, {"error": f"{type(mistake).__name__}: {mistake}"})
-
-    def reply(self, status: int, answer: dict[str, Any]) -> None:
-        """Send JSON."""
-        content = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
+        line = job.told.get()
+        if isinstance(line, Exception):
+            for _ in frames:  # the trainer listens when it has sent everything
+                pass
+        self.send_response(line_status(line))
         self.end_headers()
-        self.wfile.write(content)
+        while True:  # the answer ends with the connection
+            self.wfile.write(json.dumps(as_line(line)).encode() + b"\n")
+            if isinstance(line, Exception) or "answer" in line:
+                return
+            line = job.told.get()
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Requests are not logged."""
+
+
+def line_status(line: dict[str, Any] | Exception) -> int:
+    """Whose mistake it is, if it is one."""
+    if not isinstance(line, Exception):
+        return 200
+    return 409 if isinstance(line, NotReady) else 400 if isinstance(line, ValueError) else 500
+
+
+def as_line(line: dict[str, Any] | Exception) -> dict[str, Any]:
+    """What is sent of it."""
+    if not isinstance(line, Exception):
+        return line
+    return {"error": f"{type(line).__name__}: {line}", "status": line_status(line)}
 
 
 class Server(ThreadingHTTPServer):
@@ -177,10 +190,10 @@ def serve(listening: socket.socket, folder: Path) -> None:
     while True:
         job = server.jobs.get()
         try:
-            job.answer.set_result(host.work(job))
+            job.told.put({"answer": host.work(job)})
         except Exception as mistake:
             print(f"{job.path}: {type(mistake).__name__}: {mistake}", file=sys.stderr, flush=True)
-            job.answer.set_exception(mistake)
+            job.told.put(mistake)
 
 
 def serve_for_anyone(address: str, port: int) -> None:

@@ -1,7 +1,8 @@
 """What crosses between a trainer and its rollout servers: JSON and safetensors, nothing that could run code.
 
 The body of a request is a row of frames, each eight bytes of length and a safetensors file. The first one's metadata
-hold the message as JSON, its tensors pictures or files; further ones hold weights. Answers are JSON.
+hold the message as JSON, its tensors pictures or files; further ones hold weights. An answer
+is lines of JSON: `{"part": ...}` for each group, then `{"answer": ...}` or `{"error": ..., "status": ...}`.
 """
 
 import json
@@ -176,36 +177,32 @@ def mark(prompt: Prompt) -> int:
     return zlib.crc32(np.asarray([prompt.seed, *prompt.token_ids], dtype="<u8").tobytes())
 
 
-def groups_told(prompts: Sequence[Prompt], rollouts: Sequence[Rollout], group_size: int) -> list[dict[str, Any]]:
-    """Completions as an answer has them."""
-    return [
-        {"prompt": mark(prompt), "rollouts": [asdict(r) for r in rollouts[n * group_size : (n + 1) * group_size]]}
-        for n, prompt in enumerate(prompts)
-    ]
+def group_told(place: int, prompt: Prompt, group: Sequence[Rollout]) -> dict[str, Any]:
+    """A prompt's completions as an answer has them."""
+    return {"place": place, "prompt": mark(prompt), "rollouts": [asdict(rollout) for rollout in group]}
 
 
 class WrongAnswer(Exception):
     """An answer that is not one to its question."""
 
 
-def groups_of(
-    answer: Any, prompts: Sequence[Prompt], group_size: int, broken: Callable[[Rollout], str | None]
-) -> list[list[Rollout]]:
-    """The groups of an answer, each of which must be whole, of its prompt, and without a broken completion."""
+def group_of(
+    told: Any, prompts: Sequence[Prompt], group_size: int, broken: Callable[[Rollout], str | None]
+) -> tuple[int, list[Rollout]]:
+    """A group of an answer, with its place: it must be whole, of its prompt, and without a broken completion."""
     try:
-        marks = [group["prompt"] for group in answer["groups"]]
-        groups = [[Rollout(**rollout) for rollout in group["rollouts"]] for group in answer["groups"]]
-        faults = [fault for group in groups for rollout in group if (fault := broken(rollout))]
-    except (KeyError, TypeError) as mistake:
+        place, marked = int(told["place"]), told["prompt"]
+        group = [Rollout(**rollout) for rollout in told["rollouts"]]
+        faults = [fault for rollout in group if (fault := broken(rollout))]
+    except (KeyError, TypeError, ValueError) as mistake:
         raise WrongAnswer(f"it answers in another form: {mistake!r}") from mistake
-    if marks != [mark(prompt) for prompt in prompts]:
-        raise WrongAnswer(f"it answers other prompts, or {len(marks)} of {len(prompts)}")
-    for group in groups:
-        if len(group) != group_size:
-            raise WrongAnswer(f"it answers with {len(group)} completions of a prompt, not {group_size}")
+    if not 0 <= place < len(prompts) or marked != mark(prompts[place]):
+        raise WrongAnswer("it answers other prompts")
+    if len(group) != group_size:
+        raise WrongAnswer(f"it answers with {len(group)} completions of a prompt, not {group_size}")
     if faults:
         raise WrongAnswer(f"it answers with {faults[0]}")
-    return groups
+    return place, group
 
 
 def received_told(received: Received) -> dict[str, Any]:

@@ -105,7 +105,8 @@ class RewardEntry(BaseModel):
     timeout: Annotated[float, Field(gt=0)] | None = None
     """Seconds of CPU time for one call of a function of your own, 60 when left out; twice as many by the clock."""
     in_process: bool = False
-    """Call a function of your own in the trainer's process, where nothing can stop it, instead of in one of its own."""
+    """Call a function of your own in the trainer's process, where nothing can stop it, once a step for all completions.
+    Others are called in a process of their own, for groups as they come."""
 
     @property
     def name(self) -> str:

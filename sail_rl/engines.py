@@ -3,15 +3,22 @@
 import copy
 import importlib.util
 import os
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
+
+from torch import distributed
 
 from rollouts import RolloutEngine
 from rollouts.hf import HFEngine
 from sail_rl.checkpoint import weight_names
 from sail_rl.command_line import BadInput
+from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
 from sail_rl.sharding import Whole
 
+LEAST_WAIT = 1800.0  # seconds, for a process that is busy with something else
 INSTALL_VLLM = "install it with `make install`, or with uv: `--extra vllm` for a GPU, `--group cpu` for none"
 
 
@@ -69,9 +76,35 @@ def make_server_engine(run: Run, model, processor, suppressed: list[int]) -> Rol
         settings=settings,
     )
     limits = Limits(server.start_limit, server.push_limit, server.request_limit, server.restarts)
-    crew = Crew(shard.rank, shard.world_size, shard.gather)
+    wait = max(LEAST_WAIT, limits.start + limits.push + limits.request + 2**limits.restarts)
+    crew = Crew(shard.rank, shard.world_size, patient_gather(shard, wait))
     vocabulary = model.config.get_text_config().vocab_size
     return ServerEngine(setup, vocabulary, server.urls, folder, limits, crew, give_up=BadInput)
+
+
+def patient_gather(shard: Shard, wait: float) -> Callable[[list[Any]], list[Any]]:
+    """`shard.gather` that waits as long as a server may take: others stand here while the first process starts it anew.
+
+    The group is gloo's on any device: NCCL would end the process without a word, and sooner.
+    """
+    if shard.world_size == 1:
+        return shard.gather
+    group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=wait))
+
+    def gather(mine: list[Any]) -> list[Any]:
+        everyone: list[Any] = [None] * shard.world_size
+        try:
+            distributed.all_gather_object(everyone, mine, group=group)
+        except RuntimeError as lost:
+            # Not the user's mistake, after which a checkpoint is saved by all processes together.
+            raise RuntimeError(
+                f"process {shard.rank} has lost another one: it has ended, or did nothing for {wait:g} s (half an "
+                "hour, or rollout.server's start_limit, push_limit and request_limit together); the same command goes "
+                "on from the newest checkpoint"
+            ) from lost
+        return [one for part in everyone for one in part]
+
+    return gather
 
 
 def engine_settings(run: Run, model):

@@ -1,16 +1,18 @@
 """A step's questions with their completions; with `rollout.overlap = 1` the next step's are written while it trains.
 
 A step then trains on completions of the weights before the newest ones, which importance sampling corrects. A
-checkpoint holds the completions that were written ahead, so that a resumed run trains on them as well.
+checkpoint holds the completions that were written ahead, so that a resumed run trains on them as well. Whole groups are
+scored while others are written.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rollouts import Rollout, Sampling
 from sail_rl.checkpoint import Progress
 from sail_rl.data.stream import RowStream
+from sail_rl.early_scores import EarlyScores
 from sail_rl.launch import Run
 from sail_rl.metrics import Stopwatch
 from sail_rl.profiling import Profile
@@ -23,6 +25,7 @@ class Batch:
 
     questions: list[Question]
     rollouts: list[Rollout]
+    scoring: EarlyScores
     data_position: int
     """Rows read when the last of the questions had been."""
 
@@ -36,40 +39,47 @@ class Writer:
         engine: Any,
         stream: RowStream[Question],
         sampling: Sampling,
+        begin_scoring: Callable[[Sequence[Question], int], EarlyScores],
         watch: Stopwatch,
         profile: Profile,
     ):
         self.run, self.engine, self.stream, self.sampling = run, engine, stream, sampling
-        self.watch, self.profile = watch, profile
+        self.begin_scoring, self.watch, self.profile = begin_scoring, watch, profile
         self.rollout = run.recipe.rollout
         self.batch: Batch | None = None  # of the first step that is not done, if it is written
-        self.coming: tuple[list[Question], Any, int] | None = None
+        self.coming: tuple[list[Question], Any, EarlyScores, int] | None = None
 
-    def take_up(self, written_ahead: Sequence[dict[str, Any]]) -> None:
+    def take_up(self, progress: Progress) -> None:
         """Go on with the completions that a checkpoint holds."""
-        if written_ahead:
-            rollouts = [Rollout(**told) for told in self.run.shard.slice(list(written_ahead))]
-            self.batch = Batch(self._read(), rollouts, self.stream.position)
+        if progress.written_ahead:
+            rollouts = [Rollout(**told) for told in self.run.shard.slice(list(progress.written_ahead))]
+            questions, size = self._read(), self.rollout.num_generations
+            scoring = self.begin_scoring(questions, progress.step + 1)
+            for place in range(len(questions)):
+                scoring.add(place, rollouts[place * size : (place + 1) * size])
+            self.batch = Batch(questions, rollouts, scoring, self.stream.position)
 
-    def next(self) -> Batch:
+    def next(self, step: int) -> Batch:
         """The batch of this step; with overlap that of the next one is begun."""
         if not self.rollout.overlap:
             questions = self._read()
+            scoring = self.begin_scoring(questions, step)
             with self.watch.phase("rollout"), self.profile.untraced():
-                return Batch(questions, self.engine.generate(*self._asked(questions)), self.stream.position)
+                rollouts = self.engine.generate(*self._asked(questions), scoring.add)
+            return Batch(questions, rollouts, scoring, self.stream.position)
         if self.batch is None:
-            self._begin()
+            self._begin(step)
             self.finish()
         assert self.batch is not None
-        self._begin()
+        self._begin(step + 1)
         return self.batch
 
     def finish(self) -> None:
         """Wait for what is being written: after a step, before the weights change."""
         if self.coming is None:
             return
-        (questions, pending, position), self.coming, self.batch = self.coming, None, None
-        self.batch = Batch(questions, self.engine.finish(pending), position)
+        (questions, pending, scoring, position), self.coming, self.batch = self.coming, None, None
+        self.batch = Batch(questions, self.engine.finish(pending), scoring, position)
 
     def recorded(self, progress: Progress) -> Progress:
         """Progress with the completions of the first step that is not done."""
@@ -85,7 +95,9 @@ class Writer:
     def _asked(self, questions: Sequence[Question]) -> tuple[list[Any], int, Sampling]:
         return [question.prompt for question in questions], self.rollout.num_generations, self.sampling
 
-    def _begin(self) -> None:
+    def _begin(self, step: int) -> None:
         questions = self._read()
+        scoring = self.begin_scoring(questions, step)
         with self.watch.phase("rollout"):
-            self.coming = questions, self.engine.begin(*self._asked(questions)), self.stream.position
+            pending = self.engine.begin(*self._asked(questions), scoring.add)
+            self.coming = questions, pending, scoring, self.stream.position

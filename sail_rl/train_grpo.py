@@ -3,6 +3,8 @@
 accelerate launch sail_rl/train_grpo.py recipes/quickstart.yaml [key.sub=value ...]
 """
 
+from functools import partial
+
 from sail_rl.command_line import BadInput, parse_command_line
 from sail_rl.config import GrpoRecipe
 from sail_rl.launch import run_recipe
@@ -17,6 +19,7 @@ def train(recipe: GrpoRecipe) -> None:
     from sail_rl.balance import share_work
     from sail_rl.batch import idle_group, make_batches
     from sail_rl.batch_form import choose_attention, choose_form
+    from sail_rl.early_scores import begin_scoring
     from sail_rl.engines import make_engine
     from sail_rl.eval import accuracy_now, predictions_once
     from sail_rl.finish import finish_run
@@ -70,20 +73,20 @@ def train(recipe: GrpoRecipe) -> None:
     sampling = training_sampling(recipe)
     tell_filters(run)
     watch, form = Stopwatch(), None
-    writer = Writer(run, engine, stream, sampling, watch, profile)
-    writer.take_up(progress.written_ahead)
+    writer = Writer(run, engine, stream, sampling, partial(begin_scoring, run, rewards), watch, profile)
+    writer.take_up(progress)
     try:
         with MetricsLog(run, ["reward", "rewards/accuracy/mean", "completion/length"], progress.step) as log:
             for step in range(progress.step + 1, trainer.max_steps + 1):
                 profile.begin(step)
                 seed_step(run, step)
-                batch = writer.next()
+                batch = writer.next(step)
                 questions, rollouts = batch.questions, batch.rollouts
                 with watch.phase("rollout"):
                     engine.sleep()
 
                 with watch.phase("reward"):
-                    scores = scoring.score_rollouts(run, rewards, questions, rollouts, step)
+                    scores = batch.scoring.result()  # begun as groups became whole
                     outcomes = scoring.gather_outcomes(run.shard, rollouts, scores)
                     failures = scoring.count_failures(run, rewards, progress, outcomes, scores.errors)
 
@@ -114,6 +117,7 @@ def train(recipe: GrpoRecipe) -> None:
                 utilisation = profile.end(step, seconds, groups, written_groups(questions, rollouts))
                 figures |= scoring.reward_figures(outcomes)
                 figures |= scoring.group_figures(advantages, outcomes, seconds, keep_all)
+                figures |= {"scoring/seconds": batch.scoring.seconds}
                 figures |= accuracy_now(run, step, engine, eval_stream)
                 log.write(step, figures | utilisation | {"learning_rate": learning_rate})
                 if step in (1, trainer.max_steps) or step % trainer.transcript_every == 0:

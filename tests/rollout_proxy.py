@@ -48,10 +48,11 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def changed(content, change):
-    """The answer with its groups changed in place."""
-    answer = json.loads(content)
-    change(answer["groups"])
-    return json.dumps(answer).encode()
+    """The answer with its groups, in the order of their prompts, changed in place."""
+    *parts, answer = map(json.loads, content.splitlines())
+    groups = sorted((told["part"] for told in parts), key=lambda group: group["place"])
+    change(groups)
+    return b"".join(json.dumps(told).encode() + b"\n" for told in [*({"part": group} for group in groups), answer])
 
 
 def late(seconds):

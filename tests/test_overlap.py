@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 from conftest import SMALL_GRPO, command
 
+from rewards.score import Scores
 from rollouts import Rollout, Sampling
 from sail_rl.checkpoint import Progress
 from sail_rl.command_line import BadInput
 from sail_rl.data.stream import Shard
+from sail_rl.early_scores import EarlyScores
 from sail_rl.metrics import Stopwatch
 from sail_rl.overlap import Writer
 
@@ -22,9 +24,11 @@ class Engine:
     version = 0
     begun: list | None = None
 
-    def begin(self, prompts, group_size, sampling):
+    def begin(self, prompts, group_size, sampling, finished):
         assert self.begun is None
         self.begun = [Rollout([p], [0.0], "", "stop", self.version) for p in prompts for _ in range(group_size)]
+        for place in reversed(range(len(prompts))):
+            finished(place, self.begun[place * group_size : (place + 1) * group_size])
         return self.begun
 
     def finish(self, pending):
@@ -48,6 +52,16 @@ class Stream:
         return [SimpleNamespace(prompt=place) for place in range(self.position - count, self.position)]
 
 
+def begin_scoring(questions, step):
+    """The score of a completion is its prompt, and the step that it is for."""
+
+    def score(places, rollouts):
+        values = [(rollout.token_ids[0], step) for rollout in rollouts]
+        return Scores(values, {}, {}, [])
+
+    return EarlyScores(score, len(questions), early=step % 2)
+
+
 def begin(overlap, progress=None, shard=None):
     """A writer as train_grpo.py makes it, and its engine."""
     progress = progress or Progress()
@@ -56,8 +70,8 @@ def begin(overlap, progress=None, shard=None):
     engine, stream, profile = Engine(), Stream(), SimpleNamespace(untraced=nullcontext)
     stream.position = progress.data_position
     engine.load_weights(progress.step)
-    writer = Writer(run, engine, stream, Sampling(1), Stopwatch(), profile)
-    writer.take_up(progress.written_ahead)
+    writer = Writer(run, engine, stream, Sampling(1), begin_scoring, Stopwatch(), profile)
+    writer.take_up(progress)
     return writer, engine, progress
 
 
@@ -65,7 +79,8 @@ def steps(writer, engine, progress, until):
     """Of each step: the prompts, and the versions that wrote their completions; at last what a checkpoint records."""
     trained = []
     for step in range(progress.step + 1, until + 1):
-        batch = writer.next()
+        batch = writer.next(step)
+        assert batch.scoring.result().totals == [(q.prompt, step) for q in batch.questions for _ in range(2)]
         assert len(batch.rollouts) == 2 * len(batch.questions)
         assert [rollout.token_ids[0] for rollout in batch.rollouts[::2]] == [q.prompt for q in batch.questions]
         trained.append(([q.prompt for q in batch.questions], {rollout.weight_version for rollout in batch.rollouts}))
@@ -102,7 +117,7 @@ def test_a_step_that_is_broken_off_is_done_again():
     writer, engine, progress = begin(1)
     whole, _ = steps(*begin(1), until=4)
     first, after = steps(writer, engine, progress, until=1)
-    writer.next()  # the second step's, whose reward fails
+    writer.next(2)  # the second step's, whose reward fails
     second, _ = steps(*begin(1, writer.recorded(replace(after, written_ahead=[]))), until=4)
     assert first + second == whole
 
@@ -115,7 +130,7 @@ def test_processes_record_all_completions_and_take_up_their_own():
 
 def test_an_engine_that_gives_up_leaves_no_half_batch():
     writer, engine, progress = begin(1)
-    writer.next()
+    writer.next(1)
 
     def give_up(pending):
         raise BadInput("the server is gone")

@@ -49,6 +49,39 @@ def test_a_port_that_is_taken():
     assert result.stderr.startswith(f"error: --host 127.0.0.1 --port {port}: Address already in use")
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("how", ["absent", "hanging"])
+def test_processes_do_not_wait_for_ever(how, tmp_path):
+    """`pytest -m slow tests/test_server_runs.py -k wait_for_ever`
+
+    While the first one tries to reach a server, the other waits, and ends with the same words; if it hangs, the other
+    ends with words of its own.
+    """
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "tests/crew_process.py", str(rank), str(tmp_path), how],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        told = [processes[1].communicate(timeout=200)[0]]
+        if how == "absent":
+            told.append(processes[0].communicate(timeout=200)[0])
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    words = {
+        "absent": "BadInput: rollout server http://127.0.0.1:9/start: ConnectionRefusedError",
+        "hanging": "RuntimeError: process 1 has lost another one: it has ended, or did nothing for 10 s",
+    }
+    assert all(one.startswith(words[how]) for one in told), told
+
+
 def wait_until(done, seconds):
     end = time.monotonic() + seconds
     while not done():

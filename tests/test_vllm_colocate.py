@@ -41,7 +41,7 @@ CLOSE, FAR = 1e-4, 1e-2  # log-probabilities in float32
 VALUES = {
     "model": {"random_init": "tiny"},
     "data": {"train": "pictures", "max_prompt_length": 400},
-    "rollout": {"engine": "vllm_colocate", "max_completion_length": LENGTH},
+    "rollout": {"engine": "vllm_colocate", "max_completion_length": LENGTH, "batch_size": 6},
     "rewards": [{"function": "accuracy"}],
     "trainer": {"max_steps": 2},
 }
@@ -174,6 +174,22 @@ def test_greedy_answers_are_those_of_the_reference_engine(world, model):
     for ours, theirs in zip(world.engine.generate(world.prompts, 2, sampling), expected, strict=True):
         assert replace(ours, log_probs=[]) == replace(theirs, log_probs=[])
         assert ours.log_probs == pytest.approx(theirs.log_probs, abs=CLOSE)
+
+
+def test_groups_are_told_as_they_are_finished(world, model):
+    """Each once, and the first of them while others are still written: they have no room at the same time."""
+    told, left = {}, []
+
+    def finished(place, group):
+        assert place not in told
+        told[place] = group
+        left.append(world.engine.llm.llm_engine.get_num_unfinished_requests())
+
+    sampling = Sampling(LENGTH, seed=1)
+    rollouts = world.engine.generate(world.prompts, 6, sampling, finished)
+    assert [told[place] for place in range(3)] == [rollouts[6 * place :][:6] for place in range(3)]
+    assert left[0] > left[-1]
+    assert rollouts == world.engine.generate(world.prompts, 6, sampling)
 
 
 def test_a_completion_does_not_depend_on_its_batch(world, model):

@@ -170,20 +170,22 @@ def test_another_model_at_a_server_in_use(world):
 
 
 def without_a_completion(groups):
-    groups[1]["rollouts"].pop()
+    groups[-1]["rollouts"].pop()
 
 
 SPOILT = {
     "fewer samples": (without_a_completion, "2 completions of a prompt, not 3"),
-    "fewer groups": (lambda groups: groups.pop(), "answers other prompts, or 2 of 3"),
-    "groups of other prompts": (lambda groups: groups.reverse(), "answers other prompts"),
+    "fewer groups": (lambda groups: groups.pop(), "answers 2 of 3 prompts"),
+    "a group twice": (lambda groups: groups.__setitem__(2, groups[0]), "answers a prompt twice"),
+    "groups of other prompts": (lambda groups: groups[2].update(place=0), "answers other prompts"),
     "a token of no word": (lambda groups: groups[0]["rollouts"][0]["token_ids"].__setitem__(0, 10**6), "cannot write"),
     "a stale version": (lambda groups: groups[0]["rollouts"][0].update(weight_version=-1), "weights of version -1"),
     "another form": (lambda groups: groups[0].pop("rollouts"), "another form"),
     "an error": (lambda status, content: (500, b'{"error": "out of memory"}'), "out of memory"),
     "another server": (lambda status, content: (404, b'["no such page"]'), "no such page"),
     "no JSON": (lambda status, content: (200, b"<html>"), "JSONDecodeError"),
-    "cut short": (lambda status, content: (200, content[:-9], len(content)), "cut short"),
+    "cut short": (lambda status, content: (200, content[: content.index(b"\n") + 1]), "cut short"),
+    "cut within a group": (lambda status, content: (200, content[:99], len(content)), "JSONDecodeError"),
     "hung up": (lambda status, content: None, "RemoteDisconnected"),
     "late": (lambda status, content: time.sleep(10), "no answer within 8 s"),
 }
@@ -253,16 +255,24 @@ def test_nobody_listens(world, naps):
     assert time.monotonic() - begin < 60
 
 
-def test_killed_with_a_request(world, model, capsys):
-    """A new process, the same weights, and the completions that the old one would have written."""
+def test_killed_in_the_middle_of_an_answer(world, model, capsys):
+    """A new process, the same weights, and the completions that the old one would have written.
+
+    Groups that had come are not written again, and each is told once.
+    """
     sampling = Sampling(LENGTH, seed=1)
     expected = world.engine.generate(world.prompts, 8, sampling)
     killed = world.engine.links[0].process
-    killed.send_signal(signal.SIGSTOP)  # else it might have answered by then
-    pending = world.engine.begin(world.prompts, 8, sampling)
-    killed.send_signal(signal.SIGKILL)
-    found = world.engine.finish(pending)
-    assert found == expected
+    told = []
+
+    def finished(place, group):
+        assert group == expected[8 * place :][:8]
+        told.append(place)
+        if len(told) == 1:  # the engine has no room for the others' completions yet
+            killed.send_signal(signal.SIGKILL)
+
+    assert world.engine.generate(world.prompts, 8, sampling, finished) == expected
+    assert sorted(told) == [0, 1, 2]
     assert not psutil.pid_exists(killed.pid)
     told = capsys.readouterr().err
     assert "it was killed by signal 9; the end of" in told

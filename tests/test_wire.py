@@ -93,8 +93,9 @@ def test_weights_in_files(tmp_path, monkeypatch):
 def test_groups_are_told_whole():
     prompts = [Prompt("a", [1]), Prompt("b", [1], seed=1)]
     rollouts = [replace(WHOLE, token_ids=[n, n]) for n in range(4)]
-    answer = {"groups": wire.groups_told(prompts, rollouts, 2)}
-    assert wire.groups_of(answer, prompts, 2, lambda rollout: None) == [rollouts[:2], rollouts[2:]]
+    told = [wire.group_told(place, prompts[place], rollouts[2 * place :][:2]) for place in (1, 0)]
+    found = [wire.group_of(group, prompts, 2, lambda rollout: None) for group in told]
+    assert found == [(1, rollouts[2:]), (0, rollouts[:2])]
 
 
 @pytest.mark.parametrize(
