@@ -7,7 +7,7 @@ does.
 import asyncio
 import random
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ class Endpoint:
         """Whether the circuit breaker is open."""
         return self.failed_in_a_row >= self.settings.breaker
 
-    def ask(self, requests: Mapping[Hashable, Request]) -> dict[Any, Answer]:
+    def ask(self, requests: Mapping[Any, Request]) -> dict[Any, Answer]:
         """An answer for each request.
 
         In a thread with an event loop of its own: the caller may have one, and must not wait for a stuck one.
@@ -95,14 +95,14 @@ class Endpoint:
             raise raised[0]
         return dict(answers)
 
-    async def ask_all(self, requests: Mapping[Hashable, Request], answers: dict[Any, Answer]) -> None:
+    async def ask_all(self, requests: Mapping[Any, Request], answers: dict[Any, Answer]) -> None:
         """Fill in `answers` until all are there or time is up."""
         from openai import AsyncOpenAI
 
         settings = self.settings
         places = asyncio.Semaphore(settings.concurrency)
 
-        async def answer(key: Hashable) -> None:
+        async def answer(key: Any) -> None:
             async with places:
                 answers[key] = await self.ask_one(client, requests[key])
 
