@@ -54,7 +54,7 @@ class Asker:
     def __init__(self, settings: JudgeSettings, begun: bool) -> None:
         self.settings, self.endpoint = settings, Endpoint(settings)
         self.answered = begun
-        """There has been a usable reply, or work that goes on."""
+        """There has been a reply of the model's, or work that goes on: what is refused then is the row's fault."""
         self.problem: str | None = None
 
     @property
@@ -67,7 +67,7 @@ class Asker:
         if self.problem:
             raise BadInput(f"{self.settings.base_url} fails: {self.problem}; what is done is kept: try again later")
         answers = self.endpoint.ask(requests) if requests else {}
-        self.answered = self.answered or any(answer.failure is None for answer in answers.values())
+        self.answered = self.answered or any(map(is_a_reply, answers.values()))
         blamed = {key: answer for key, answer in answers.items() if self.answered and is_of_the_row(answer)}
         failures = Counter(answers[key].failure for key in answers.keys() - blamed.keys())
         if failures:
@@ -85,6 +85,11 @@ class Asker:
         """The arguments of a chat completion."""
         shown = [turn | {"content": [sent(part) for part in turn["content"]]} for turn in messages]
         return {"model": self.settings.model, "messages": shown, "max_tokens": self.settings.max_tokens, **more}
+
+
+def is_a_reply(answer: Answer) -> bool:
+    """Whether the model said something, be it of use or not."""
+    return answer.failure is None or answer.failure.startswith(("reply", "refusal"))
 
 
 def is_of_the_row(answer: Answer) -> bool:
