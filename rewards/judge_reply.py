@@ -3,22 +3,16 @@
 import json
 from typing import Any
 
+from rewards.endpoint import Unusable, reply_text
 
-class NoVerdict(Exception):
+
+class NoVerdict(Unusable):
     """The endpoint answered, but gave no verdict; the text says what came instead."""
 
 
 def read_verdict(reply: Any, criterion: str) -> bool:
-    """The verdict of a chat completion; raises NoVerdict."""
-    choices = getattr(reply, "choices", None)
-    if not choices or choices[0].message is None:
-        raise NoVerdict("reply: it holds no message")
-    choice = choices[0]
-    if choice.finish_reason == "content_filter" or getattr(choice.message, "refusal", None):
-        raise NoVerdict("refusal: the judge declined")
-    if choice.finish_reason == "length":
-        raise NoVerdict("reply: cut off by judge.max_tokens")
-    return parse_verdict(choice.message.content or "", criterion)
+    """The verdict of a chat completion; raises Unusable."""
+    return parse_verdict(reply_text(reply), criterion)
 
 
 def parse_verdict(text: str, criterion: str) -> bool:

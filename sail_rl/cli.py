@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from sail_rl.command_line import EXIT_BAD_INPUT, BadInput, fail
+from sail_rl.data.building.commands import add_data
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.add_argument("overrides", nargs="*", metavar="key.sub=value", help="recipe keys to change")
     doctor.set_defaults(run_command=examine_recipe)
     add_rewards(commands.add_parser("rewards", help="try a reward function, or look at what a run's rewards judged"))
+    add_data(commands.add_parser("data", help="make rows for training from other rows"))
     serve = commands.add_parser("serve-rollouts", help="a vLLM server for trainers with rollout.engine = vllm_server")
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 lets other machines in")

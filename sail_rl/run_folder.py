@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -170,9 +171,10 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace a file of one JSON object a line."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    # Escaped: some characters that a model may write end a line for `splitlines`, others cannot be encoded.
-    temporary.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
+    with temporary.open("w") as file:
+        # Escaped: some characters that a model may write end a line for `splitlines`, others cannot be encoded.
+        file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
     os.replace(temporary, path)

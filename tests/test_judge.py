@@ -9,7 +9,7 @@ import pytest
 from judge_server import completion, serve, verdict
 from PIL import Image
 
-from rewards import judge as judge_module
+from rewards import endpoint
 from rewards.call import RewardError
 from rewards.canaries import check_judge
 from rewards.judge import Judge, JudgeSettings
@@ -21,7 +21,7 @@ QUICK = {"call_seconds": 5.0, "batch_seconds": 20.0}
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(judge_module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.01)
 
 
 def question(number=0, images=(), written="It is 3."):
@@ -102,7 +102,7 @@ def test_the_batch_ends_by_its_deadline():
     verdicts, _ = ask(lambda body, number: "hang" if number > 3 else verdict(), count=12, batch_seconds=4)
     assert time.monotonic() - started < 60
     assert sum(answer.value is True for answer in verdicts) == 3
-    assert {answer.failure for answer in verdicts if answer.value is None} == {"deadline: no verdict within 4 s"}
+    assert {answer.failure for answer in verdicts if answer.value is None} == {"deadline: no reply within 4 s"}
 
 
 @pytest.mark.parametrize("act", [(429, "{}", {"Retry-After": "0.4"}), (500, "{}"), "reset"])
