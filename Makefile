@@ -62,6 +62,7 @@ bench: install
 	$(BIN)/python benchmarks/attention.py --short
 	$(BIN)/python benchmarks/kernels.py --short
 	$(BIN)/python benchmarks/rewards.py --short
+	$(BIN)/python benchmarks/sft_packing.py --short
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

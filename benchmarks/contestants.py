@@ -15,9 +15,10 @@ from accelerate import Accelerator
 
 from benchmarks.scaled_model import World
 from sail_rl.advantage import group_advantages
-from sail_rl.batch import Form, idle_group, make_batches
+from sail_rl.batch import Form
 from sail_rl.batch_form import choose_form
 from sail_rl.config import GrpoRecipe
+from sail_rl.data.packing import idle_group, make_batches
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
 from sail_rl.losses import loss_normaliser

@@ -18,10 +18,11 @@ from rewards.call import call_function
 from rollouts.hf import HFEngine
 from sail_rl import scoring
 from sail_rl.advantage import group_advantages
-from sail_rl.batch import Form, idle_group, make_batches
+from sail_rl.batch import Form
 from sail_rl.batch_form import choose_form
 from sail_rl.checkpoint import full_parameters
 from sail_rl.config import GrpoRecipe
+from sail_rl.data.packing import idle_group, make_batches
 from sail_rl.data.stream import Shard
 from sail_rl.engines import end_tokens, make_vllm_engine
 from sail_rl.launch import Run

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch.distributed as dist
 
-from sail_rl.batch import Form, Group, TrainingBatch, size
+from sail_rl.batch import Form, Group, TrainingBatch
+from sail_rl.data.packing import size
 from sail_rl.launch import Run
 
 TOLERATED = 0.05  # of the mean load: a difference that is not worth a message

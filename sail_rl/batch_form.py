@@ -5,8 +5,9 @@ from contextlib import nullcontext
 
 import torch
 
-from sail_rl.batch import Form, Group, TrainingBatch, make_batch, members
+from sail_rl.batch import Form, Group, TrainingBatch, make_batch
 from sail_rl.command_line import BadInput
+from sail_rl.data.packing import members
 from sail_rl.launch import Run
 from sail_rl.losses import token_log_probs
 from sail_rl.model.prefix_sharing import obstacle

@@ -46,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     merge.add_argument("--weights", type=float, nargs="+", help="one for each checkpoint; equal if left out")
     merge.add_argument("--force", action="store_true", help="also checkpoints that share no ancestor")
     merge.add_argument("--adapter", type=Path, help="a folder of LoRA adapters for the one checkpoint named")
+    merge.add_argument("--recipe", type=Path, help="evaluate all of them, and the result, on the recipe's data.eval")
     merge.set_defaults(run_command=merge_checkpoints)
     return parser
 
@@ -127,18 +128,19 @@ def serve_rollouts(arguments: argparse.Namespace) -> None:
 
 
 def merge_checkpoints(arguments: argparse.Namespace) -> None:
-    """Merge, and say what was written."""
+    """Merge, and say what was written; with a recipe also how good it is, and how good what it was made of."""
     print(f"reading {', '.join(map(str, arguments.sources))}", flush=True)
-    from sail_rl.merge import merge, merge_adapter, result_line
+    from sail_rl.merge import evaluated, merge, merge_adapter, result_line
 
     target, sources = arguments.target.resolve(), arguments.sources
-    if arguments.adapter is None:
-        print("wrote " + result_line(merge(target, sources, arguments.weights, arguments.force)))
-        return
-    if len(sources) > 1 or arguments.weights:
+    if arguments.adapter and (len(sources) > 1 or arguments.weights):
         raise BadInput("--adapter: name the one checkpoint that the adapters belong to, and no --weights")
-    merge_adapter(target, sources[0], arguments.adapter)
-    print(f"wrote {target}: {sources[0]} with the adapters of {arguments.adapter}")
+    with evaluated(arguments.recipe, target, sources, arguments.weights):
+        if arguments.adapter is None:
+            print("wrote " + result_line(merge(target, sources, arguments.weights, arguments.force)))
+        else:
+            merge_adapter(target, sources[0], arguments.adapter)
+            print(f"wrote {target}: {sources[0]} with the adapters of {arguments.adapter}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ run folders and merges have recorded, else by the distance between the weights. 
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,34 @@ def merge_adapter(target: Path, base: Path, adapter: Path) -> None:
         (folder / RECORD).write_text(
             json.dumps({"sources": [os.path.abspath(base)], "adapter": os.path.abspath(adapter)}) + "\n"
         )
+
+
+@contextmanager
+def evaluated(recipe_file: Path | None, target: Path, sources: Sequence[Path], weights: Sequence[float] | None):
+    """Around a merge: the accuracies of its sources before and of its result after, told and kept in its record."""
+    if recipe_file is None:
+        yield
+        return
+    from sail_rl.checkpoint_accuracy import checkpoint_accuracy, read_eval_recipe
+
+    recipe, shares = read_eval_recipe(recipe_file), shares_of(sources, weights) if len(sources) > 1 else [1.0]
+    refuse_occupied(target)
+    before = {os.path.abspath(source): checkpoint_accuracy(recipe, source) for source in sources}
+    yield
+    after = checkpoint_accuracy(recipe, target)
+    record = json.loads((target / RECORD).read_text()) | {"before": before, "after": after}
+    (target / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    for source, found in (before | {str(target): after}).items():
+        print(f"accuracy {found['accuracy']:.3f} {found.get('kinds', '')} {source}", flush=True)
+    accuracies = [before[os.path.abspath(source)]["accuracy"] for source in sources]
+    if warning := loss_by_merging(accuracies, shares, after["accuracy"]):
+        print(f"warning: {target} {warning}", file=sys.stderr, flush=True)
+
+
+def loss_by_merging(sources: Sequence[float], shares: Sequence[float], merged: float) -> str | None:
+    """How far a merge is below the mean of what it was made of; None where it is not."""
+    expected = sum(share * accuracy for share, accuracy in zip(shares, sources, strict=True))
+    return f"is worse than the mean of its sources: {merged:.3f} by {expected:.3f}" if merged < expected else None
 
 
 def result_line(soup: Soup) -> str:

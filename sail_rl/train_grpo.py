@@ -17,8 +17,8 @@ def train(recipe: GrpoRecipe) -> None:
     from sail_rl.advantage import group_advantages
     from sail_rl.audit import log_verdicts
     from sail_rl.balance import share_work
-    from sail_rl.batch import idle_group, make_batches
     from sail_rl.batch_form import choose_attention, choose_form
+    from sail_rl.data.packing import idle_group, make_batches
     from sail_rl.early_scores import begin_scoring
     from sail_rl.engines import make_engine
     from sail_rl.eval import accuracy_now, predictions_once

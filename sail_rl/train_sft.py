@@ -14,8 +14,9 @@ def train(recipe: SftRecipe) -> None:
     from rollouts.hf import HFEngine
     from sail_rl import checkpoint
     from sail_rl.balance import share_work, work_figures
-    from sail_rl.batch import Group, idle_group, make_batches
+    from sail_rl.batch import Group
     from sail_rl.batch_form import choose_attention, choose_form
+    from sail_rl.data.packing import idle_group, make_batches
     from sail_rl.eval import accuracy_now, predictions_once
     from sail_rl.finish import finish_run
     from sail_rl.launch import check_divisible, record_environment, seed_step, start_run

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rollouts import Prompt
-from sail_rl.batch import Group, make_batch, make_batches, size, split_by_token_budget
+from sail_rl.batch import Group, make_batch
+from sail_rl.data.packing import make_batches, size, split_by_token_budget
 
 
 def picture(tiles=1, value=1.0):

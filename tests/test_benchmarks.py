@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import command
 from tiny_models import completion_logits
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import contestants, memory, scaled_model, scaling, step, update
+from benchmarks import contestants, memory, scaled_model, scaling, sft_packing, sft_sides, step, update
 from benchmarks.common import Timing, markdown, medians
 from benchmarks.flops import costs_of, tower_share, work_of
 from sail_rl.batch import Group, make_batch
@@ -133,6 +134,38 @@ def test_scaling_gives_every_point(monkeypatch, tmp_path):
     assert theory["depth", 2] == pytest.approx(1.6895, abs=1e-4)
     assert theory["size", 2] < 1 < theory["completion", 16]
     assert "| depth | 2 |" in (tmp_path / "scaling.md").read_text()
+
+
+def test_packed_and_padded_sft_do_equal_work(monkeypatch, tmp_path):
+    """The whole command: text alone and pictures, padded by TRL and packed by us."""
+    monkeypatch.setattr(sft_packing, "SHORT_SAMPLES", 4)
+    monkeypatch.setattr(sft_packing, "TRL_BATCH", 2)
+    monkeypatch.setattr(sft_sides, "TOKEN_BUDGET", 700)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(sys, "argv", ["sft_packing.py", "--short", "--json", str(tmp_path / "packing.json")])
+    sft_packing.main()
+    result = json.loads((tmp_path / "packing.json").read_text())
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert rows.keys() > {sft_packing.BASE, sft_packing.OURS}
+    assert rows[sft_packing.BASE]["padding"] > 0.1
+    assert rows[sft_packing.OURS]["padding"] == rows["TRL, single samples"]["padding"] == 0
+    for row in rows.values():
+        assert row["samples_per_second"] == pytest.approx(4 / row["seconds"])
+        assert row["difference"] < 1e-5
+    for row in result["spread"]:
+        assert row["tiles_before"] > row["tiles_after"] < 1.05
+        assert row["tokens_before"] > row["tokens_after"] < 1.05
+    assert "| ours, packed |" in (tmp_path / "packing.md").read_text()
+
+
+def test_unequal_sft_is_refused():
+    """A side that trains on other answers."""
+    world = sft_sides.make_sft_world([sft_sides.Shape(2, 5, 4), sft_sides.Shape(0, 9, 6)])
+    other = copy.copy(world)
+    object.__setattr__(other, "groups", [world.groups[0], replace(world.groups[1], completions=[[5] * 6])])
+    ours, theirs = sft_sides.our_side(other, "packed"), sft_sides.trl_side(world, 2)
+    with pytest.raises(RuntimeError, match="unequal work"):
+        sft_sides.relative_difference(ours, ours.step(), theirs, theirs.step())
 
 
 @pytest.mark.dist

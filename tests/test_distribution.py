@@ -12,8 +12,9 @@ from tiny_models import FILTERS, dense, groups, processor_for_questions
 from rollouts import Filters, Sampling
 from rollouts.distribution import drawn_log_probs, first_places
 from rollouts.hf import HFEngine
-from sail_rl.batch import Group, idle_group, make_batches
+from sail_rl.batch import Group
 from sail_rl.config import GrpoRecipe
+from sail_rl.data.packing import idle_group, make_batches
 from sail_rl.model.load import image_token_ids
 from sail_rl.policy import Policy, compute_prompt, token_terms
 from sail_rl.sampling import greedy_sampling, tell_filters, training_sampling

@@ -13,10 +13,11 @@ from transformers import (
 
 import rollouts.hf
 from rollouts.inputs import position_ids, stack_model_inputs, stack_prompts
-from sail_rl.batch import Group, idle_group, make_batch, needs_picture
+from sail_rl.batch import Group, make_batch
 from sail_rl.command_line import BadInput
 from sail_rl.config_data import ModelSection
 from sail_rl.data.example import BadRow, Example, conversation
+from sail_rl.data.packing import idle_group, needs_picture
 from sail_rl.data.prompting import make_prompt
 from sail_rl.model.load import PARTS, TINY, freeze, load_model
 from sail_rl.model.tiny_qwen3_vl import END, PICTURE, START, VIDEO

@@ -3,10 +3,13 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_models import dense, mixture, processor_for_questions
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -14,7 +17,7 @@ from sail_rl.checkpoint import save_model
 from sail_rl.cli import main
 from sail_rl.command_line import BadInput
 from sail_rl.config_data import LoraSection, ModelSection
-from sail_rl.merge import ancestors, mean, merge
+from sail_rl.merge import ancestors, evaluated, loss_by_merging, mean, merge
 from sail_rl.model.load import load_model
 from sail_rl.model.lora import lora_layers, save_adapters
 
@@ -36,6 +39,8 @@ def checkpoints(tmp_path_factory):
     folder, processor = tmp_path_factory.mktemp("models"), processor_for_questions()
     model = dense(processor)
     save_model(folder / "a", moved(model, 1, 0.05), processor)
+    save_model(folder / "b", moved(model, 2, 0.05), processor)
+    (folder / "b/model.safetensors").unlink()
     moved(model, 2, 0.05).save_pretrained(folder / "b", max_shard_size="1MB")
     save_model(folder / "stranger", moved(model, 3, 50.0), processor)
     save_model(folder / "other", mixture(processor), processor)
@@ -141,3 +146,80 @@ def test_adapters_are_merged_into_their_model(checkpoints, tmp_path, monkeypatch
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
     assert AutoProcessor.from_pretrained(tmp_path / "merged").chat_template
+
+
+@pytest.fixture
+def eval_recipe(tmp_path):
+    """Eight questions about cards, in both modes."""
+    eval_ = [{"source": "pictures", "families": ["cards"], "kind": kind, "rows": 4} for kind in ("cot", "direct")]
+    data = {"train": "pictures", "eval": eval_, "thinking": "by_kind"}
+    recipe = {"output_dir": "runs/x", "model": "x", "data": data, "sft": {"max_completion_length": 4}}
+    file = tmp_path / "eval.yaml"
+    file.write_text(yaml.safe_dump(recipe | {"trainer": {"max_steps": 1}}))
+    return file
+
+
+def test_sources_and_soup_are_evaluated(checkpoints, tmp_path, monkeypatch, capsys, eval_recipe):
+    sources = [str(checkpoints / name) for name in "ab"]
+    monkeypatch.setattr(
+        "sys.argv", ["sail-rl", "merge", str(tmp_path / "soup"), *sources, "--recipe", str(eval_recipe)]
+    )
+    main()
+    record = json.loads((tmp_path / "soup/merge.json").read_text())
+    assert list(record["before"]) == sources
+    for found in [*record["before"].values(), record["after"]]:
+        assert found["questions"] == 8
+        assert found["kinds"].keys() == {"cot", "direct"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.yaml", "soup"]
+    assert capsys.readouterr().out.count("accuracy 0.") == 3
+
+
+def test_a_recipe_without_questions_is_refused_before_anything_is_written(checkpoints, tmp_path, eval_recipe):
+    recipe = yaml.safe_load(eval_recipe.read_text())
+    del recipe["data"]["eval"]
+    eval_recipe.write_text(yaml.safe_dump(recipe))
+    with (
+        pytest.raises(BadInput, match=r"eval.yaml: data.eval names no questions"),
+        evaluated(eval_recipe, tmp_path / "soup", [checkpoints / "a"], None),
+    ):
+        pytest.fail("the merge was begun")
+
+
+@pytest.mark.parametrize(
+    ("sources", "merged", "message"),
+    [
+        ([0.5, 0.7], 0.7, None),
+        ([0.5, 0.7], 0.65, None),
+        ([0.5, 0.7], 0.64, "is worse than the mean of its sources: 0.640 by 0.650"),
+    ],
+)
+def test_a_soup_below_the_mean_is_named(sources, merged, message):
+    assert loss_by_merging(sources, [0.25, 0.75], merged) == message
+
+
+def test_a_merge_holds_less_than_two_files(tmp_path):
+    """Three sources of four files of 16 MB: what the process holds beside mapped files stays below two of them."""
+    megabyte, files = 2**18, 4  # numbers of float32
+    for source in range(3):
+        folder = tmp_path / str(source)
+        folder.mkdir()
+        names = {f"w{n}": f"part-{n // 8}.safetensors" for n in range(8 * files)}
+        for file in sorted(set(names.values())):
+            mine = {name: torch.full((2, megabyte), 1.0 + source / 10) for name, of in names.items() if of == file}
+            save_file(mine, folder / file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    program = (
+        "import sys, threading, time; from pathlib import Path; import torch; from sail_rl import merge\n"
+        "merge.AT_ONCE = 2**14  # as small beside these tensors as it is beside real ones\n"
+        "torch.set_num_threads(1); torch.zeros(9).double().mean()\n"
+        "def held(): return int(Path('/proc/self/status').read_text().split('RssAnon:')[1].split()[0])\n"
+        "start, highest, ended = held(), [0], threading.Event()\n"
+        "def watch():\n"
+        "    while not ended.wait(0.001): highest[0] = max(highest[0], held())\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+        "merge.merge(Path(sys.argv[1]) / 'soup', [Path(sys.argv[1]) / n for n in '012'])\n"
+        "ended.set(); print((highest[0] - start) / 1024)"
+    )
+    found = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert 1 < float(found.stdout) < 2 * 16
+    assert load_file(tmp_path / "soup/part-0.safetensors")["w0"].unique().tolist() == pytest.approx([1.1])

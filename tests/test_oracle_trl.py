@@ -27,8 +27,8 @@ from PIL import Image
 
 from rollouts import Prompt, Rollout
 from sail_rl.advantage import group_advantages
-from sail_rl.batch import idle_group, make_batches
 from sail_rl.config import GrpoSection, RolloutSection
+from sail_rl.data.packing import idle_group, make_batches
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
 from sail_rl.losses import loss_normaliser

@@ -11,7 +11,8 @@ from tiny_models import groups as questions_of_mixture
 from tiny_models import mixture, processor_for_questions
 
 from rollouts import Prompt
-from sail_rl.batch import Group, Segment, make_batch, make_batches, pack, size
+from sail_rl.batch import Group, Segment, make_batch, pack
+from sail_rl.data.packing import make_batches, size
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
 from sail_rl.model import prefix_sharing

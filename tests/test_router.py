@@ -14,11 +14,12 @@ from PIL import Image
 from tiny_models import completion_logits, dense, groups, mixed_batch, mixture, processor_for_questions
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from sail_rl.batch import idle_group, make_batch
+from sail_rl.batch import make_batch
 from sail_rl.checkpoint import save_model
 from sail_rl.command_line import BadInput
 from sail_rl.config import GrpoSection, RolloutSection, SftSection
 from sail_rl.config_data import ModelSection
+from sail_rl.data.packing import idle_group
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
 from sail_rl.losses import balance_loss

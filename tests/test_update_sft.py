@@ -8,8 +8,9 @@ import torch
 from accelerate import Accelerator
 from tiny_models import dense, groups, processor_for_questions
 
-from sail_rl.batch import Group, make_batches
+from sail_rl.batch import Group
 from sail_rl.config import SftRecipe
+from sail_rl.data.packing import make_batches
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
 from sail_rl.policy import Policy
