@@ -5,19 +5,20 @@ completions of a call together, and the comparison is begun again with the repli
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-from rewards.algebra_pool import ask_algebra
+from rewards.algebra_pool import settle
 from rewards.answers import boxed_answers, completion_text, final_answer
+from rewards.judge import Judge
 from rewards.ladder import Options, Row, compare, is_list, type_of
 from rewards.structure import MAX_ITEMS
-from rewards.symbolic import Algebra, Question, Reply, Unanswered
+from rewards.symbolic import Algebra
+from rewards.text_judge import ask_about_texts
 from rewards.verdict import Outcome, Verdict, verdict_of
 
-Found = TypeVar("Found")
 DEGREES = ("box", "ocr")  # types whose answers are right to a degree
 
 
@@ -52,9 +53,15 @@ def accuracy_verdicts(
     options: Sequence[Any] | None = None,
     tolerance: Sequence[Mapping[str, float | None] | None] | None = None,
     finish_reason: Sequence[str | None] | None = None,
+    question: Sequence[str] | None = None,
+    judge_texts: bool = False,
+    judge: Judge | None = None,
     **columns: Any,
 ) -> list[Verdict]:
-    """The same with the outcome of each completion."""
+    """The same with the outcome of each completion.
+
+    With `judge_texts` the judge is asked about answers in words that are not the gold's words.
+    """
     blank = [None] * len(completions)
     if answer is None and solution is None:
         raise ValueError("accuracy needs the right answers: a column 'answer' or 'solution'")
@@ -63,7 +70,11 @@ def accuracy_verdicts(
     rows = map(Row, golds, answer_type or blank, options or blank, tolerance or blank)
     texts = map(completion_text, completions)
     cut_off = [reason == "length" for reason in finish_reason or blank]
-    return judge_all([Completion(*one) for one in zip(texts, rows, cut_off, strict=True)])
+    read = [Completion(*one) for one in zip(texts, rows, cut_off, strict=True)]
+    verdicts = settle([partial(judge_one, completion) for completion in read])
+    if not judge_texts or judge is None:
+        return verdicts
+    return ask_about_texts(judge, verdicts, [one.row for one in read], [one.text for one in read], question or blank)
 
 
 def gold_text(gold: Any) -> str:
@@ -76,12 +87,7 @@ def gold_text(gold: Any) -> str:
     return (boxes[-1].content if boxes else str(gold)).strip()
 
 
-def judge_all(completions: Sequence[Completion]) -> list[Verdict]:
-    """One verdict for each completion."""
-    return settle([partial(judge, completion) for completion in completions])
-
-
-def judge(completion: Completion, algebra: Algebra) -> Verdict:
+def judge_one(completion: Completion, algebra: Algebra) -> Verdict:
     """The verdict, as far as exact comparison and known replies carry; raises Unanswered."""
     row, start = completion.row, time.perf_counter()
 
@@ -109,24 +115,6 @@ def problem_of(algebra: Algebra) -> Outcome:
     """Why an answer was not found right."""
     order = (Outcome.INFRA_ERROR, Outcome.TIMEOUT, Outcome.REFUSED)
     return next((problem for problem in order if problem in algebra.problems), Outcome.WRONG)
-
-
-def settle(steps: Sequence[Callable[[Algebra], Found]]) -> list[Found]:
-    """Run comparisons to their end: what they ask of algebra is asked for all of them together, round by round."""
-    known: dict[Question, Reply] = {}
-    found: dict[int, Found] = {}
-    while len(found) < len(steps):
-        questions: list[Question] = []
-        for index, step in enumerate(steps):
-            if index in found:
-                continue
-            try:
-                found[index] = step(Algebra(known))
-            except Unanswered as unanswered:
-                questions.append(unanswered.question)
-        wanted = list(dict.fromkeys(questions))
-        known.update(zip(wanted, ask_algebra(wanted), strict=True))
-    return [found[index] for index in range(len(steps))]
 
 
 def verify(

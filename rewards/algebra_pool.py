@@ -6,11 +6,12 @@ Whoever asks (the main thread, a thread, a coroutine) gets the same replies, and
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from rewards.call import RewardError
 from rewards.pool import Pool, Result
-from rewards.symbolic import Question, Reply
+from rewards.symbolic import Algebra, Question, Reply, Unanswered
 from rewards.verdict import Outcome
 from rewards.worker import Job
 
@@ -20,6 +21,8 @@ MEMORY = 2 << 30  # bytes for each worker
 RECYCLE_AFTER = 2_000  # questions: sympy's caches grow
 MOST_WORKERS = 4
 MOST_REMEMBERED = 100_000
+
+Found = TypeVar("Found")
 
 _LOCK = threading.Lock()
 _POOLS: list[Pool] = []  # none or one
@@ -39,6 +42,24 @@ def close() -> None:
         while _POOLS:
             _POOLS.pop().close()
         _REPLIES.clear()
+
+
+def settle(steps: Sequence[Callable[[Algebra], Found]]) -> list[Found]:
+    """Run comparisons to their end: what they ask of algebra is asked for all of them together, round by round."""
+    known: dict[Question, Reply] = {}
+    found: dict[int, Found] = {}
+    while len(found) < len(steps):
+        questions: list[Question] = []
+        for index, step in enumerate(steps):
+            if index in found:
+                continue
+            try:
+                found[index] = step(Algebra(known))
+            except Unanswered as unanswered:
+                questions.append(unanswered.question)
+        wanted = list(dict.fromkeys(questions))
+        known.update(zip(wanted, ask_algebra(wanted), strict=True))
+    return [found[index] for index in range(len(steps))]
 
 
 def ask_algebra(questions: Sequence[Question]) -> list[Reply]:

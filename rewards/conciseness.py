@@ -38,6 +38,9 @@ def conciseness_reward(
     right = [value is not None and value >= 1 and reason != "length" for value, reason in rows]
     if shape == "group":
         parts = [slice(start, start + group_size) for start in range(0, len(lengths), group_size)]
+        for part in parts:
+            if None in score_accuracy[part]:  # who may be right cannot be compared with
+                right[part] = [False] * len(right[part])
         return [value for part in parts for value in against_group(lengths[part], right[part], least_unit)]
     if max_length is None:
         raise ValueError(f"conciseness: shape {shape!r} needs max_length")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from rewards import structure
-from rewards.accuracy import settle
+from rewards.algebra_pool import settle
 from rewards.choices import read_choice, read_options, resolve
 from rewards.ladder import Row, allowed, compare, is_choice, is_number, is_words, split_quantity, type_of
 from rewards.notation import MAX_LENGTH, clean, squash, text_key

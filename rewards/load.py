@@ -39,6 +39,11 @@ class Reward:
         """Whether the function was given the recipe's judge."""
         return "judge" in self.arguments
 
+    @property
+    def is_rule(self) -> bool:
+        """Whether it is called early and for every completion: others build on its values, and few are for a judge."""
+        return not self.asks_judge or "judge_texts" in self.arguments
+
 
 def load_reward(
     function: str,
@@ -51,13 +56,13 @@ def load_reward(
 ) -> Reward:
     """Find the function and check that it takes the entry's keys; raises RewardError.
 
-    A function with an argument `judge` is given the recipe's judge. Any other of a user's is called in a process of its
-    own, whose CPU time `timeout` bounds, unless it is `in_process`.
+    A function with an argument `judge` is given the recipe's judge (accuracy, where its key `judge_texts` is true).
+    Any other of a user's is called in a process of its own, whose CPU time `timeout` bounds, unless it is `in_process`.
     """
     found = load_from_file(function) if ":" in function else load_built_in(function)
     check_arguments(function, found, arguments)
-    asks = inspect.signature(found).parameters.get("judge")
-    if asks and judge is None and asks.default is asks.empty:
+    asks = asked_for_judge(found, arguments)
+    if asks and judge is None:
         raise RewardError(f"reward {function!r} asks a judge: name one in the section judge (base_url and model)")
     asks_judge = asks is not None and judge is not None
     apart = ":" in function and not in_process and not asks_judge
@@ -67,6 +72,14 @@ def load_reward(
         raise RewardError(f"reward {function!r}: timeout = {timeout:g} cannot be kept: {why}; leave one of them out")
     given = {**arguments, "judge": judge} if asks_judge else arguments
     return Reward(name, found, weight, given, Remote(function, timeout) if apart else None, at_once=in_process)
+
+
+def asked_for_judge(function: Callable[..., Any], arguments: Mapping[str, Any]) -> bool | None:
+    """Whether a function needs the judge (True), takes one where the recipe has it (False), or does not (None)."""
+    taken = inspect.signature(function).parameters
+    if "judge" not in taken or ("judge_texts" in taken and not arguments.get("judge_texts")):
+        return None
+    return "judge_texts" in taken or taken["judge"].default is inspect.Parameter.empty
 
 
 def find_reward(function: str) -> None:

@@ -1,7 +1,8 @@
 """Scoring one step's completions: every reward called, its answers checked, failures told apart from zeros.
 
-Rules come first, in the recipe's order; then the rewards that ask a judge, of whose completions only those are asked
-about whose number the verdict can change. Each reward gets the values of those before it as columns `score_<name>`.
+Rules come first, in the recipe's order (accuracy too where it asks a judge about texts); then the rewards that ask a
+judge, of whose completions only those are asked about whose number the verdict can change. Each reward gets the values
+of those before it as columns `score_<name>`.
 mix.py says what becomes of a reward that is None or failed.
 """
 
@@ -53,7 +54,8 @@ def score(
     for reward in in_order(rewards):
         name = reward.name
         if reward.asks_judge:
-            asked = matters(reward, done, parts, failed, group_size, mixing, count)
+            everywhere = [True] * count
+            asked = everywhere if reward.is_rule else matters(reward, done, parts, failed, group_size, mixing, count)
             verdicts[name], messages, details = ask_judge(reward, given, asked)
             checks |= details
         else:
@@ -89,7 +91,7 @@ def joined(parts: Sequence[tuple[Sequence[int], Scores]]) -> Scores:
 
 def in_order(rewards: Sequence[Reward]) -> list[Reward]:
     """The recipe's order, judges last."""
-    return sorted(rewards, key=lambda reward: reward.asks_judge)
+    return sorted(rewards, key=lambda reward: not reward.is_rule)
 
 
 def ask_judge(
@@ -102,22 +104,26 @@ def ask_judge(
     count, chosen, start = len(asked), [i for i, wanted in enumerate(asked) if wanted], time.perf_counter()
     judge: Judge = reward.arguments["judge"]
     judge.problems.clear()
-    found = Judgement([None] * len(chosen))
+    values, checks = [Verdict(None)] * len(chosen), dict[str, list[float | None]]()
     if chosen:
         part = {key: pick(value, chosen, count) for key, value in columns.items()}
         try:
             returned = returned_by(reward.function, {**part, **reward.arguments})
             judgement = returned if isinstance(returned, Judgement) else Judgement(returned)
-            as_verdicts(judgement.values, len(chosen))
-            found = judgement
+            values, checks = as_verdicts(judgement.values, len(chosen)), judgement.checks
         except Exception as error:  # whatever the user's code raises must not end the run
             judge.problems.append(describe(error))
     share = (time.perf_counter() - start) / max(len(chosen), 1)
-    failure = verdict_of(Outcome.INFRA_ERROR, share)
-    given = [failure if value is None else Verdict(value, seconds=share) for value in found.values]
+    given = [as_judged(verdict, share) for verdict in values]
     verdicts = [one or Verdict(None) for one in spread_out(given, chosen, count)]
-    checks = {f"{reward.name}/{name}": spread_out(column, chosen, count) for name, column in found.checks.items()}
-    return verdicts, [f"reward {reward.name!r}: {problem}" for problem in judge.problems], checks
+    details = {f"{reward.name}/{name}": spread_out(column, chosen, count) for name, column in checks.items()}
+    return verdicts, [f"reward {reward.name!r}: {problem}" for problem in judge.problems], details
+
+
+def as_judged(verdict: Verdict, seconds: float) -> Verdict:
+    """A verdict of a reward that asks a judge: a number that is missing without a reason is the judge's failure."""
+    missing = verdict.value is None and verdict.outcome == Outcome.SCORED
+    return replace(verdict, outcome=Outcome.INFRA_ERROR if missing else verdict.outcome, seconds=seconds)
 
 
 def pick(value: Any, chosen: Sequence[int], count: int) -> Any:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from rewards import algebra_pool
+from rewards.accuracy import gold_text
 from rewards.call import RewardError, TrainerState
-from rewards.canaries import check_judge
+from rewards.canaries import check_judge, check_text_judge
 from rewards.judge import Judge, JudgeSettings
 from rewards.load import Reward, load_reward
 from rewards.score import MOST_FAILED, Scores, score, try_rewards
@@ -100,17 +101,22 @@ def try_on_data(run: Run, rewards: Sequence[Reward], engine: RolloutEngine, stre
     rollouts = engine.generate([question.prompt for question in questions], 2, training_sampling(run.recipe))
     columns = all_columns(run, questions, rollouts, step=0)
     try:
-        for judge in {id(judge): judge for judge in map(judge_of, rewards) if judge}.values():
+        for reward in check_once(rewards):
+            judge: Judge = reward.arguments["judge"]
             print(f"asking the judge {judge.settings.model} about texts that must fail", flush=True)
-            check_judge(judge, columns["question"][0], str(columns["answer"][0]), columns["images"][0])
+            question, answer = columns["question"][0], gold_text(columns["answer"][0])
+            if reward.is_rule:
+                check_text_judge(judge, question, answer)
+            else:
+                check_judge(judge, question, answer, columns["images"][0])
         try_rewards(rewards, columns, group_size=2)
     except RewardError as error:
         raise BadInput(str(error)) from error
 
 
-def judge_of(reward: Reward) -> Judge | None:
-    """Whom a reward asks."""
-    return reward.arguments.get("judge")
+def check_once(rewards: Sequence[Reward]) -> list[Reward]:
+    """One reward for each way to ask the judge: about texts beside the right ones, and about reasoning."""
+    return list({reward.is_rule: reward for reward in rewards if reward.asks_judge}.values())
 
 
 def score_rollouts(
