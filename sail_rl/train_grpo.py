@@ -17,6 +17,7 @@ def train(recipe: GrpoRecipe) -> None:
     from sail_rl.balance import share_work
     from sail_rl.batch import idle_group, make_batches
     from sail_rl.batch_form import choose_attention, choose_form
+    from sail_rl.before_update import MiniBatch
     from sail_rl.engines import make_engine
     from sail_rl.eval import accuracy_now, predictions_once
     from sail_rl.finish import finish_run
@@ -37,7 +38,7 @@ def train(recipe: GrpoRecipe) -> None:
 
     rollout, grpo, trainer = recipe.rollout, recipe.grpo, recipe.trainer
     group_size = rollout.num_generations
-    keep_all = grpo.beta > 0  # a KL term gives every group a gradient
+    keep_all = grpo.trains_without_signal
 
     # The run, its rewards, model and data.
     rewards = scoring.load_rewards(recipe)
@@ -56,7 +57,8 @@ def train(recipe: GrpoRecipe) -> None:
     # Optimizer, engine, and where a resumed run stands.
     prepare_for_training(policy, trainer.gradient_checkpointing)
     attention, apart = choose_attention(run, policy), prompts_apart(run, policy)
-    model, optimizer, whole = prepare(run, Policy(policy, attention), make_optimizer(policy, recipe.optim))
+    wrapped = Policy(policy, attention, train_entropy=grpo.entropy_coef > 0)
+    model, optimizer, whole = prepare(run, wrapped, make_optimizer(policy, recipe.optim))
     record_environment(run, model)
     reference = starting_policy(recipe.model, recipe.seed, model, attention) if grpo.beta else None
     progress = checkpoint.load_progress(run, resumed, optimizer)
@@ -90,15 +92,19 @@ def train(recipe: GrpoRecipe) -> None:
                 with watch.phase("update"):
                     rewards_N = scoring.reward_tensor(outcomes)
                     advantages = group_advantages(rewards_N, group_size, grpo.scale_rewards)
-                    groups = make_groups(questions, rollouts, advantages, run.shard, keep_all)
+                    groups = make_groups(
+                        questions, rollouts, advantages, run.shard, keep_all, grpo.mask_truncated_completions
+                    )
                     form = form or choose_form(run, whole.model, groups, whole.weights)
                     groups = share_work(run, groups, form or "padded")
                     budget = recipe.update.token_budget
                     batches = make_batches(groups, budget, idle, run.highest, form or "padded", apart)
-                    scored_lengths = [outcome.length for outcome in outcomes if outcome.reward is not None]
-                    normaliser = loss_normaliser(grpo.loss_type, scored_lengths, rollout.max_completion_length)
+                    lengths = scoring.counted_lengths(outcomes, grpo.mask_truncated_completions)
+                    normaliser = loss_normaliser(grpo.loss_type, lengths, rollout.max_completion_length)
                     learning_rate = set_learning_rate(optimizer, recipe.optim, step, trainer.max_steps)
-                    figures = update_policy(run, model, reference, optimizer, batches, normaliser, suppressed)
+                    figures = update_policy(
+                        run, model, reference, optimizer, [MiniBatch(batches, normaliser)], suppressed
+                    )
 
                 progress = progress.after(
                     step=step,

@@ -114,6 +114,9 @@ def test_all_mistakes_are_named_at_once(load):
         ("rewards: [{weight: 1}]", "rewards.0.function: this key is required"),
         ("rewards: [{function: 'a.py:same'}, {function: 'b.py:same'}]", "two entries are both logged as 'same'"),
         ("rollout: {num_generations: 1}", "rollout.num_generations = 1"),
+        ("grpo: {loss_type: cispo}", "`loss_type: cispo` cuts ratios at `epsilon_high` itself: give one of at least 1"),
+        ("grpo: {loss_type: cispo, epsilon_high: 0.28}", "give one of at least 1, such as 5.0"),
+        ("grpo: {kl_estimator: k1, beta: 0.1}", "set `use_bias_correction_kl: true`, or take k2"),
     ],
 )
 def test_a_mistake_is_named(load, changes, expected):
