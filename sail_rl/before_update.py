@@ -62,14 +62,13 @@ def before_update(
 ) -> list[list[Known]]:
     """For each mini-batch what is known of its micro-batches."""
     grpo, batches = run.recipe.grpo, [batch for mini_batch in mini_batches for batch in mini_batch.batches]
-    ahead = len(mini_batches) > 1 or grpo.top_entropy_quantile < 1
-    keep = has_frozen_tower(model) and (grpo.num_iterations > 1 or reference is not None or ahead)
+    keep = has_frozen_tower(model) and (grpo.num_iterations > 1 or reference is not None or grpo.looks_ahead)
     known = [Known([] if keep else None) for _ in batches]
     if reference is not None:
         with adapters_off(reference):
             for part, terms in zip(known, terms_now(run, reference, batches, known, suppressed), strict=True):
                 part.reference_BC = terms.log_probs_BT
-    if ahead:
+    if grpo.looks_ahead:
         terms_of = terms_now(run, model, batches, known, suppressed)
         for part, terms in zip(known, terms_of, strict=True):
             part.old_BC = terms.log_probs_BT

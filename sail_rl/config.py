@@ -252,6 +252,24 @@ class GrpoRecipe(CommonRecipe):
         return self
 
     @model_validator(mode="after")
+    def mini_batches_have_prompts(self):
+        if self.grpo.mini_batches > self.rollout.prompts_per_step:
+            raise ValueError(
+                f"grpo.mini_batches = {self.grpo.mini_batches} is more than rollout.prompts_per_step = "
+                f"{self.rollout.prompts_per_step}: a mini-batch needs a prompt"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def aggregation_fits_the_mix(self):
+        if self.grpo.multi_objective_aggregation == "normalize_then_sum" and self.reward_mix.mode == "product":
+            raise ValueError(
+                "grpo.multi_objective_aggregation: normalize_then_sum adds rewards up, reward_mix.mode: product "
+                "multiplies them; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def distinct_rewards(self):
         names = [entry.name for entry in self.rewards]
         twice = sorted({name for name in names if names.count(name) > 1})

@@ -43,9 +43,23 @@ class GrpoSection(Section):
     mask_truncated_completions: bool = False
     """Leave completions that were cut at `max_completion_length` out of the loss. Their rewards still count for the
     others of their group."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
+    baseline: Literal["group", "leave_one_out", "batch"] = "group"
+    """What is taken from a reward: the mean of its group, of the other members of its group (RLOO, with `scale_rewards:
+    none`), or of the step (REINFORCE++, with `scale_rewards: batch`)."""
+    scale_rewards: Literal["group", "batch", "batch_centred", "none"] = "group"
+    """By which standard deviation that is divided: of the group's rewards, of the step's, or of the step's less their
+    baselines (with `baseline: group` REINFORCE++ with a baseline)."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """`normalize_then_sum` (GDPO): each reward is compared within the group and scaled by itself, then they are summed
+    by weight and scaled over the step: a reward that varies little counts as much as one that varies a lot."""
+    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    """Most times that a step asks more questions, until as many groups as `rollout.prompts_per_step` have rewards that
+    differ (DAPO). All groups with a signal are trained, the others do not count. 0: a step is a batch of questions."""
+    mini_batches: Annotated[int, Field(ge=1)] = 1
+    """Parts that a step's groups are dealt to in turn, each an optimizer step. Later ones are no longer quite
+    on-policy, which the clip limits; the old log-probabilities then cost a forward pass."""
     num_iterations: Annotated[int, Field(ge=1)] = 1
-    """Updates per batch of rollouts."""
+    """How often a step's completions are trained on: optimizer steps for each mini-batch."""
     vllm_importance_sampling_correction: bool | None = None
     """Weigh the loss by the ratio of the trainer's and the engine's probabilities, which an engine with weights of its
     own never gives quite alike. When left out: for vLLM yes, for `hf` no."""
@@ -65,7 +79,34 @@ class GrpoSection(Section):
     def trains_without_signal(self) -> bool:
         """Whether groups whose rewards are all equal count in the update: for the KL term, for the entropy bonus, and
         for which of the step's tokens have a high entropy."""
-        return self.beta > 0 or self.entropy_coef > 0 or self.top_entropy_quantile < 1
+        needed = self.beta > 0 or self.entropy_coef > 0 or self.top_entropy_quantile < 1
+        return needed and not self.dynamic_sampling
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the policy sees the step's tokens once before the first update."""
+        return self.mini_batches > 1 or self.top_entropy_quantile < 1
+
+    @model_validator(mode="after")
+    def aggregation_fits(self):
+        if self.multi_objective_aggregation == "normalize_then_sum" and (self.baseline, self.scale_rewards) != (
+            "group",
+            "group",
+        ):
+            raise ValueError(
+                "`multi_objective_aggregation: normalize_then_sum` has a baseline and a scale of its own: leave out "
+                "`baseline` and `scale_rewards`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def dynamic_sampling_finds_signals(self):
+        if self.dynamic_sampling and self.baseline == "batch":
+            raise ValueError(
+                "`dynamic_sampling` replaces groups whose rewards are all equal, which have a signal with `baseline: "
+                "batch`: set it to 0, or take another baseline"
+            )
+        return self
 
     @model_validator(mode="after")
     def cispo_has_its_cap(self):

@@ -44,28 +44,48 @@ class Writer:
         self.rollout = run.recipe.rollout
         self.batch: Batch | None = None  # of the first step that is not done, if it is written
         self.coming: tuple[list[Question], Any, int] | None = None
+        self.first: Batch | None = None  # of the step that is being done, with overlap
 
     def take_up(self, written_ahead: Sequence[dict[str, Any]]) -> None:
         """Go on with the completions that a checkpoint holds."""
         if written_ahead:
             rollouts = [Rollout(**told) for told in self.run.shard.slice(list(written_ahead))]
-            self.batch = Batch(self._read(), rollouts, self.stream.position)
+            self.batch = Batch(self._read(self.rollout.prompts_per_step), rollouts, self.stream.position)
 
     def next(self) -> Batch:
         """The batch of this step; with overlap that of the next one is begun."""
         if not self.rollout.overlap:
-            questions = self._read()
-            with self.watch.phase("rollout"), self.profile.untraced():
-                return Batch(questions, self.engine.generate(*self._asked(questions)), self.stream.position)
+            return self._written(self.rollout.prompts_per_step)
+        self.first = self._taken()
+        return self.first
+
+    def more(self, count: int) -> Batch:
+        """More questions for this step, so many; with overlap the batch that is written for the next step already."""
+        if not self.rollout.overlap:
+            return self._written(count)
+        with self.watch.phase("rollout"):
+            self._wait()
+        return self._taken()
+
+    def finish(self) -> None:
+        """Wait for what is being written: after a step, before the weights change."""
+        self.first = None
+        self._wait()
+
+    def _written(self, count: int) -> Batch:
+        questions = self._read(count)
+        with self.watch.phase("rollout"), self.profile.untraced():
+            return Batch(questions, self.engine.generate(*self._asked(questions)), self.stream.position)
+
+    def _taken(self) -> Batch:
         if self.batch is None:
             self._begin()
-            self.finish()
+            self._wait()
         assert self.batch is not None
         self._begin()
         return self.batch
 
-    def finish(self) -> None:
-        """Wait for what is being written: after a step, before the weights change."""
+    def _wait(self) -> None:
         if self.coming is None:
             return
         (questions, pending, position), self.coming, self.batch = self.coming, None, None
@@ -75,17 +95,18 @@ class Writer:
         """Progress with the completions of the first step that is not done."""
         if not self.rollout.overlap:
             return progress
-        mine = [asdict(rollout) for rollout in self.batch.rollouts] if self.batch else []
+        batch = self.first or self.batch
+        mine = [asdict(rollout) for rollout in batch.rollouts] if batch else []
         return progress.after(written_ahead=self.run.shard.gather(mine))
 
-    def _read(self) -> list[Question]:
+    def _read(self, count: int) -> list[Question]:
         with self.watch.phase("data"):
-            return self.stream.next_items(self.rollout.prompts_per_step)
+            return self.stream.next_items(count)
 
     def _asked(self, questions: Sequence[Question]) -> tuple[list[Any], int, Sampling]:
         return [question.prompt for question in questions], self.rollout.num_generations, self.sampling
 
     def _begin(self) -> None:
-        questions = self._read()
+        questions = self._read(self.rollout.prompts_per_step)
         with self.watch.phase("rollout"):
             self.coming = questions, self.engine.begin(*self._asked(questions)), self.stream.position

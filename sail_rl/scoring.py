@@ -149,12 +149,6 @@ def reward_tensor(outcomes: Sequence[Outcome]) -> torch.Tensor:
     return torch.tensor([torch.nan if o.reward is None else o.reward for o in outcomes], dtype=torch.float32)
 
 
-def counted_lengths(outcomes: Sequence[Outcome], mask_truncated: bool) -> list[int]:
-    """Of the completions with a reward; 0 for those that are left out of the loss, which still count as completions."""
-    scored = [outcome for outcome in outcomes if outcome.reward is not None]
-    return [0 if mask_truncated and outcome.truncated else outcome.length for outcome in scored]
-
-
 def count_failures(
     run: Run, rewards: Sequence[Reward], progress: Progress, outcomes: Sequence[Outcome], errors: Sequence[str]
 ) -> dict[str, Any]:

@@ -12,18 +12,17 @@ def train(recipe: GrpoRecipe) -> None:
     """The whole algorithm, top to bottom."""
     # Imported here, so that mistakes in a recipe are answered before torch loads.
     from sail_rl import checkpoint, scoring
-    from sail_rl.advantage import group_advantages
     from sail_rl.audit import log_verdicts
-    from sail_rl.balance import share_work
-    from sail_rl.batch import idle_group, make_batches
+    from sail_rl.batch import idle_group
     from sail_rl.batch_form import choose_attention, choose_form
-    from sail_rl.before_update import MiniBatch
+    from sail_rl.compare import compare
+    from sail_rl.dynamic_sampling import refill
     from sail_rl.engines import make_engine
     from sail_rl.eval import accuracy_now, predictions_once
     from sail_rl.finish import finish_run
     from sail_rl.launch import check_divisible, record_environment, seed_step, start_run
-    from sail_rl.losses import loss_normaliser
     from sail_rl.metrics import MetricsLog, Stopwatch
+    from sail_rl.mini_batches import make_mini_batches
     from sail_rl.model.load import image_token_ids, load_model, prepare_for_training, starting_policy
     from sail_rl.optimizer import make_optimizer, set_learning_rate
     from sail_rl.overlap import Writer
@@ -37,8 +36,7 @@ def train(recipe: GrpoRecipe) -> None:
     from sail_rl.update import make_groups, prompts_apart, update_policy
 
     rollout, grpo, trainer = recipe.rollout, recipe.grpo, recipe.trainer
-    group_size = rollout.num_generations
-    keep_all = grpo.trains_without_signal
+    keep_all, masked = grpo.trains_without_signal, grpo.mask_truncated_completions
 
     # The run, its rewards, model and data.
     rewards = scoring.load_rewards(recipe)
@@ -80,31 +78,24 @@ def train(recipe: GrpoRecipe) -> None:
                 profile.begin(step)
                 seed_step(run, step)
                 batch = writer.next()
+                with watch.phase("reward"):
+                    scores = scoring.score_rollouts(run, rewards, batch.questions, batch.rollouts, step)
+                batch, scores, refills = refill(run, rewards, writer, batch, scores, step)
                 questions, rollouts = batch.questions, batch.rollouts
                 with watch.phase("rollout"):
                     engine.sleep()
 
                 with watch.phase("reward"):
-                    scores = scoring.score_rollouts(run, rewards, questions, rollouts, step)
                     outcomes = scoring.gather_outcomes(run.shard, rollouts, scores)
                     failures = scoring.count_failures(run, rewards, progress, outcomes, scores.errors)
 
                 with watch.phase("update"):
-                    rewards_N = scoring.reward_tensor(outcomes)
-                    advantages = group_advantages(rewards_N, group_size, grpo.scale_rewards)
-                    groups = make_groups(
-                        questions, rollouts, advantages, run.shard, keep_all, grpo.mask_truncated_completions
-                    )
+                    advantages = compare(recipe, rewards, outcomes)
+                    groups = make_groups(questions, rollouts, advantages, run.shard, keep_all, masked)
                     form = form or choose_form(run, whole.model, groups, whole.weights)
-                    groups = share_work(run, groups, form or "padded")
-                    budget = recipe.update.token_budget
-                    batches = make_batches(groups, budget, idle, run.highest, form or "padded", apart)
-                    lengths = scoring.counted_lengths(outcomes, grpo.mask_truncated_completions)
-                    normaliser = loss_normaliser(grpo.loss_type, lengths, rollout.max_completion_length)
+                    cut = run, groups, outcomes, advantages, idle, form or "padded", apart
                     learning_rate = set_learning_rate(optimizer, recipe.optim, step, trainer.max_steps)
-                    figures = update_policy(
-                        run, model, reference, optimizer, [MiniBatch(batches, normaliser)], suppressed
-                    )
+                    figures = update_policy(run, model, reference, optimizer, make_mini_batches(*cut), suppressed)
 
                 progress = progress.after(
                     step=step,
@@ -119,7 +110,7 @@ def train(recipe: GrpoRecipe) -> None:
                 progress = progress.after(seconds=progress.seconds + sum(seconds.values()))
                 utilisation = profile.end(step, seconds, groups, written_groups(questions, rollouts))
                 figures |= scoring.reward_figures(outcomes)
-                figures |= scoring.group_figures(advantages, outcomes, seconds, keep_all)
+                figures |= scoring.group_figures(advantages, outcomes, seconds, keep_all) | {"groups/refills": refills}
                 figures |= accuracy_now(run, step, engine, eval_stream)
                 log.write(step, figures | utilisation | {"learning_rate": learning_rate})
                 if step in (1, trainer.max_steps) or step % trainer.transcript_every == 0:

@@ -41,6 +41,7 @@ def make_groups(
     values = shard.slice(advantages.values_N.tolist())
     scored = shard.slice(advantages.scored_N.tolist())
     has_signal = shard.slice(advantages.has_signal_P.tolist())
+    numbers = shard.slice(advantages.numbers_P.tolist())
     groups = []
     for number, question in enumerate(questions):
         members = [i for i in range(number * size, (number + 1) * size) if scored[i]]
@@ -48,7 +49,8 @@ def make_groups(
         if members and (has_signal[number] or keep_all):
             completions = [rollouts[i].token_ids for i in members]
             log_probs = [rollouts[i].log_probs for i in members]
-            groups.append(Group(question.prompt, completions, [values[i] for i in members], log_probs))
+            own = [values[i] for i in members]
+            groups.append(Group(question.prompt, completions, own, log_probs, number=numbers[number]))
     return groups
 
 
@@ -69,7 +71,7 @@ def update_policy(
     sums, updates = run.sum(sums), iterations * len(mini_batches)
     figures = update_figures(sums, iterations, updates, grad_norm)
     batches = [batch for mini_batch in mini_batches for batch in mini_batch.batches]
-    old_log_probs = [part.old_BC for parts in known for part in parts]
+    old_log_probs = [part.old_BC for parts in known for part in parts if part.old_BC is not None]
     return figures | routing_figures(model, sums, updates) | parity_figures(run, old_log_probs, batches)
 
 

@@ -321,16 +321,8 @@ def test_kl_terms_have_the_gradient_of_the_divergence(logits_BTV, estimator, tim
     expected = torch.autograd.grad((log_p.exp() * (log_p - log_q)).sum(), logits_V, retain_graph=True)[0]
     loss = 0.0
     for v in range(V):
-        token = log_p[v].view(1, 1)
-        one, _ = policy_loss(
-            token,
-            token.detach(),
-            torch.zeros(1),
-            torch.ones(1, 1),
-            grpo,
-            1.0,
-            reference_log_probs_BT=log_q[v].view(1, 1),
-        )
+        token, reference = log_p[v].view(1, 1), {"reference_log_probs_BT": log_q[v].view(1, 1)}
+        one, _ = policy_loss(token, token.detach(), torch.zeros(1), torch.ones(1, 1), grpo, 1.0, **reference)
         loss = loss + log_p[v].exp().detach() * one
     torch.testing.assert_close(torch.autograd.grad(loss, logits_V)[0], expected)
 

@@ -32,10 +32,11 @@ from sail_rl.config import GrpoSection, RolloutSection
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
 from sail_rl.losses import loss_normaliser
+from sail_rl.mini_batches import counted_lengths
 from sail_rl.model.tiny import tiny_model, tiny_processor
 from sail_rl.policy import Policy
 from sail_rl.questions import Question
-from sail_rl.scoring import Outcome, counted_lengths
+from sail_rl.scoring import Outcome
 from sail_rl.update import make_groups, update_policy
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -203,7 +204,7 @@ def our_side(
     idle = idle or idle_group(world.processor, with_picture=False)
     batches = make_batches(groups, token_budget, idle, form=form, prompts_apart=apart)
     outcomes = [Outcome(len(r.token_ids), r.finish_reason == "length", 1.0, {}, {}, {}) for r in world.rollouts]
-    normaliser = loss_normaliser(grpo.loss_type, counted_lengths(outcomes, masked), LONGEST)
+    normaliser = loss_normaliser(grpo.loss_type, counted_lengths(outcomes, [True] * len(outcomes), masked), LONGEST)
     reference = Policy(world.reference) if grpo.beta else None
     policy = Policy(model, train_entropy=grpo.entropy_coef > 0)
     figures = update_policy(run, policy, reference, recorder, [MiniBatch(batches, normaliser)], suppressed=())
