@@ -5,8 +5,8 @@ row, one of them tiled), tokenises, pads, encodes the pictures, scores, computes
 log-probabilities, and then the loss, on the tiny SAIL-VL2. Only the completions are given to it, by its `rollout_func`,
 and the reference model, since TRL's loader knows no class from outside transformers.
 
-On our side the functions of `train_grpo.py` run unchanged: `group_advantages`, `make_groups`, `make_batches`,
-`loss_normaliser`, `update_policy`. Off-policy is as in real life: old log-probabilities come from the weights before
+On our side the functions of `train_grpo.py` run unchanged: `group_advantages`, `make_groups`, `make_mini_batches`,
+`update_policy`. Off-policy is as in real life: old log-probabilities come from the weights before
 a step, and the gradient that is compared is the second one, after the step.
 
 `use_bias_correction_kl` is off on TRL's side unless a test says otherwise: it is by default, and on ours not.
@@ -25,14 +25,12 @@ from accelerate.utils import DistributedType
 from PIL import Image
 
 from rollouts import Prompt, Rollout
-from sail_rl.advantage import group_advantages
-from sail_rl.batch import idle_group, make_batches
-from sail_rl.before_update import MiniBatch
-from sail_rl.config import GrpoSection, RolloutSection
+from sail_rl.advantage import advantages_of_each, group_advantages
+from sail_rl.batch import idle_group
+from sail_rl.config import GrpoSection, RolloutSection, UpdateSection
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
-from sail_rl.losses import loss_normaliser
-from sail_rl.mini_batches import counted_lengths
+from sail_rl.mini_batches import make_mini_batches
 from sail_rl.model.tiny import tiny_model, tiny_processor
 from sail_rl.policy import Policy
 from sail_rl.questions import Question
@@ -59,6 +57,7 @@ QUESTIONS = [
     ("what colour has it?", [(56, 56)], (0.7, 0.7, 0.7, 0.7)),
     ("what is four plus five? say nothing else", [], (0.25, 1.0, 0.0, 0.1)),
 ]
+QUESTION_TEXTS = [text for text, *_ in QUESTIONS]
 REWARDS = torch.tensor([reward for *_, rewards in QUESTIONS for reward in rewards])
 BIG, SMALL = 100_000, 200  # token budgets: all rows in one micro-batch; each group in its own
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,8 +118,12 @@ def trl_trainer(world, model, rewards, tmp_path, monkeypatch, **settings):
         completion_ids = [rollout.token_ids for rollout in world.rollouts]
         return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
 
-    def reward(completions, **columns):
-        return [None if math.isnan(value) else value for value in rewards.tolist()]
+    def reward_of(number, values):
+        def reward(completions, **columns):
+            return [None if math.isnan(value) else value for value in values.tolist()]
+
+        reward.__name__ = f"reward{number}"
+        return reward
 
     settings |= {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     settings |= {"per_device_train_batch_size": len(world.rows), "num_generations": GROUP}
@@ -128,7 +131,8 @@ def trl_trainer(world, model, rewards, tmp_path, monkeypatch, **settings):
     args = GRPOConfig(str(tmp_path), **settings)
     monkeypatch.setattr(grpo_trainer, "create_model_from_path", lambda *_, **__: copy.deepcopy(world.reference))
     data, processor = Dataset.from_list([{"prompt": "unused"}]), world.processor
-    trainer = GRPOTrainer(model, reward, args, data, processing_class=processor, rollout_func=rollout_func)
+    functions = [reward_of(*pair) for pair in enumerate(rewards.view(len(rewards), -1).unbind(1))]
+    trainer = GRPOTrainer(model, functions, args, data, processing_class=processor, rollout_func=rollout_func)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # as its training loop would
     return trainer
@@ -195,20 +199,22 @@ def our_side(
     """(loss, gradient of every parameter, log figures, rows of each micro-batch), by what `train_grpo.py` calls."""
     grpo = GrpoSection(**settings, num_iterations=2 if off_policy else 1)
     model = copy.deepcopy(world.policy).train()
-    recorder, rollout = Recorder(model), RolloutSection(temperature=temperature)
-    recipe = SimpleNamespace(grpo=grpo, rollout=rollout, optim=SimpleNamespace(max_grad_norm=math.inf))
-    run = Run(recipe, None, recorder, Shard())
-    advantages = group_advantages(REWARDS, GROUP, grpo.scale_rewards)
+    recorder = Recorder(model)
+    rollout = RolloutSection(temperature=temperature, num_generations=GROUP, max_completion_length=LONGEST)
+    update, optim = UpdateSection(token_budget=token_budget), SimpleNamespace(max_grad_norm=math.inf)
+    run = Run(SimpleNamespace(grpo=grpo, rollout=rollout, update=update, optim=optim), None, recorder, Shard())
+    rewards = REWARDS.view(-1, GROUP)[[QUESTION_TEXTS.index(q.prompt.id) for q in world.questions]].flatten()
+    advantages = group_advantages(rewards, GROUP, grpo.scale_rewards)
     masked = grpo.mask_truncated_completions
     groups = make_groups(world.questions, world.rollouts, advantages, Shard(), keep_all, masked)
     idle = idle or idle_group(world.processor, with_picture=False)
-    batches = make_batches(groups, token_budget, idle, form=form, prompts_apart=apart)
     outcomes = [Outcome(len(r.token_ids), r.finish_reason == "length", 1.0, {}, {}, {}) for r in world.rollouts]
-    normaliser = loss_normaliser(grpo.loss_type, counted_lengths(outcomes, [True] * len(outcomes), masked), LONGEST)
+    mini_batches = make_mini_batches(run, groups, outcomes, advantages, idle, form, apart)
     reference = Policy(world.reference) if grpo.beta else None
     policy = Policy(model, train_entropy=grpo.entropy_coef > 0)
-    figures = update_policy(run, policy, reference, recorder, [MiniBatch(batches, normaliser)], suppressed=())
-    return recorder.losses[-1], recorder.gradients[-1], figures, [len(batch.mask_BC) for batch in batches]
+    figures = update_policy(run, policy, reference, recorder, mini_batches, suppressed=())
+    rows = [len(batch.mask_BC) for mini_batch in mini_batches for batch in mini_batch.batches]
+    return recorder.losses[-1], recorder.gradients[-1], figures, rows
 
 
 def assert_same(ours, theirs, tolerance=1e-5):
@@ -310,6 +316,39 @@ def test_leaving_out_groups_without_signal_changes_nothing(world, loss):
     assert rows == [len(world.rows) - GROUP]
     assert fewer["tokens/trained"] < figures["tokens/trained"]
     assert_same(some, everything)
+
+
+@losses()
+def test_a_later_mini_batch_is_trained_against_the_policy_before_the_first(world, loss):
+    """The second of two equals a second iteration over its groups alone, after the same step."""
+    odd = [number for number in range(len(QUESTIONS)) if number % 2]
+    half = SimpleNamespace(**vars(world))
+    half.questions = [world.questions[number] for number in odd]
+    half.rollouts = [world.rollouts[number * GROUP + member] for number in odd for member in range(GROUP)]
+    settings = {"beta": 0.04, "epsilon": 0.1} | LOSSES[loss]
+    *ours, figures, rows = our_side(world, off_policy=False, mini_batches=2, **settings)
+    *alone, _, _ = our_side(half, off_policy=True, **settings)
+    assert rows == [2 * GROUP, 2 * GROUP]
+    assert (figures["clip_fraction"] > 0) == (loss != "sapo")
+    assert_same(ours, alone, tolerance=3e-5)
+
+
+@pytest.mark.parametrize("unscored", [(), (0, 5)])
+def test_rewards_normalised_one_by_one_equal_trl(world, tmp_path, monkeypatch, unscored):
+    """GDPO: a reward of large numbers, one of small ones that two groups lack, and completions without any."""
+    rewards = torch.rand(len(world.rows), 2, generator=torch.Generator().manual_seed(3)) * torch.tensor([10.0, 0.1])
+    rewards[4:12, 1] = torch.nan
+    rewards[12:, 0] = 0.5
+    rewards[list(unscored)] = torch.nan
+    model, weights = copy.deepcopy(world.policy), [0.3, 0.7]
+    settings = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": weights}
+    trainer = trl_trainer(world, model, rewards, tmp_path, monkeypatch, **settings)
+    text_rows = [{"prompt": row["prompt"]} for row in world.rows]
+    theirs = trainer._generate_and_score_completions(text_rows)["advantages"]
+    ours = advantages_of_each(rewards, torch.tensor(weights), GROUP)
+    torch.testing.assert_close(ours.values_N, theirs, rtol=1e-4, atol=2e-5)
+    assert ours.has_signal_P.all()
+    assert ours.scored_N.tolist() == [number not in unscored for number in range(len(world.rows))]
 
 
 @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
