@@ -17,6 +17,7 @@ from benchmarks.scaled_model import World
 from sail_rl.advantage import group_advantages
 from sail_rl.batch import Form
 from sail_rl.batch_form import choose_form
+from sail_rl.before_update import MiniBatch
 from sail_rl.config import GrpoRecipe
 from sail_rl.data.packing import idle_group, make_batches
 from sail_rl.data.stream import Shard
@@ -88,7 +89,7 @@ def our_contestant(
         batches = make_batches(groups, token_budget or recipe.update.token_budget, idle, run.highest, form)
         normaliser = loss_normaliser(recipe.grpo.loss_type, world.lengths, world.cell.completion)
         # TRL rules out no tokens, and with fewer choices the log-probabilities would not be its own.
-        figures = update_policy(run, model, None, optimizer, batches, normaliser, suppressed=())
+        figures = update_policy(run, model, None, optimizer, [MiniBatch(batches, normaliser)], suppressed=())
         return Outcome(figures["loss"], figures["grad_norm"], figures["entropy"])
 
     return Contestant(policy, step, recipe.update.model_dump())

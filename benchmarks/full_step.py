@@ -20,6 +20,7 @@ from sail_rl import scoring
 from sail_rl.advantage import group_advantages
 from sail_rl.batch import Form
 from sail_rl.batch_form import choose_form
+from sail_rl.before_update import MiniBatch
 from sail_rl.checkpoint import full_parameters
 from sail_rl.config import GrpoRecipe
 from sail_rl.data.packing import idle_group, make_batches
@@ -88,7 +89,7 @@ def our_side(task: Task, *, onednn: bool) -> Callable[[], Phases]:
             batches = make_batches(groups, recipe.update.token_budget, idle, run.highest, *chosen)
             lengths = [outcome.length for outcome in outcomes if outcome.reward is not None]
             normaliser = loss_normaliser(grpo.loss_type, lengths, rollout.max_completion_length)
-            update_policy(run, model, None, optimizer, batches, normaliser, suppressed)
+            update_policy(run, model, None, optimizer, [MiniBatch(batches, normaliser)], suppressed)
         return {name.removeprefix("seconds/"): seconds for name, seconds in watch.take().items()}
 
     return step

@@ -36,6 +36,8 @@ class Group:
     """False for an idle group, whose tokens are all masked."""
     kind: Kind = "cot"
     """Which part of the supervised loss it belongs to."""
+    number: int = 0
+    """Its place among the step's groups, those of all processes."""
 
     @property
     def longest_completion(self) -> int:

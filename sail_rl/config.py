@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from rewards.call import RewardError
 from rewards.mix import Mixing, check_mix
 from sail_rl.config_data import DataSection, ModelSection, Section
+from sail_rl.config_grpo import GrpoSection
 from sail_rl.config_rewards import JudgeSection, RewardMixSection
 
 
@@ -117,29 +118,6 @@ class RewardEntry(BaseModel):
     def arguments(self) -> dict[str, Any]:
         """The entry's own keys."""
         return dict(self.model_extra or {})
-
-
-class GrpoSection(Section):
-    """The policy loss. TRL's names and meanings."""
-
-    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
-    epsilon: Annotated[float, Field(gt=0)] = 0.2
-    epsilon_high: Annotated[float, Field(gt=0)] | None = None
-    """Upper clip; `epsilon` when left out."""
-    beta: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the KL term to the starting model; 0 keeps no reference model."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    num_iterations: Annotated[int, Field(ge=1)] = 1
-    """Updates per batch of rollouts."""
-    vllm_importance_sampling_correction: bool | None = None
-    """Weigh the loss by the ratio of the trainer's and the engine's probabilities, which an engine with weights of its
-    own never gives quite alike. When left out: for vLLM yes, for `hf` no."""
-    vllm_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
-        "sequence_mask"
-    )
-    """A ratio for each token or for the whole completion; one beyond the bounds is cut to them or made 0."""
-    vllm_importance_sampling_clip_max: Annotated[float, Field(gt=0)] | None = 3.0
-    vllm_importance_sampling_clip_min: Annotated[float, Field(ge=0)] | None = None
 
 
 class KindWeights(Section):
@@ -271,6 +249,24 @@ class GrpoRecipe(CommonRecipe):
             raise ValueError(
                 "rollout.overlap = 1 trains on completions of older weights: leave out "
                 "grpo.vllm_importance_sampling_correction = false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def mini_batches_have_prompts(self):
+        if self.grpo.mini_batches > self.rollout.prompts_per_step:
+            raise ValueError(
+                f"grpo.mini_batches = {self.grpo.mini_batches} is more than rollout.prompts_per_step = "
+                f"{self.rollout.prompts_per_step}: a mini-batch needs a prompt"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def aggregation_fits_the_mix(self):
+        if self.grpo.multi_objective_aggregation == "normalize_then_sum" and self.reward_mix.mode == "product":
+            raise ValueError(
+                "grpo.multi_objective_aggregation: normalize_then_sum adds rewards up, reward_mix.mode: product "
+                "multiplies them; leave one of them out"
             )
         return self
 

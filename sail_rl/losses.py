@@ -3,16 +3,18 @@
 Suffixes: _B completions, _T tokens of a completion, _V vocabulary; of a mixture of experts _L layers, _N all tokens
 read, _E experts. Every loss is a sum over its micro-batch, divided by a normaliser of the whole step (all micro-batches
 and processes), so that the gradient does not depend on how the batch was cut. A new loss is a new function here and its
-name in `config.GrpoSection.loss_type`.
+name in `config_grpo.GrpoSection.loss_type`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from rollouts import Filters
 from rollouts.distribution import drawn_log_probs
+from sail_rl.config_grpo import GrpoSection
 
 
 class PolicyTerms(NamedTuple):
@@ -21,7 +23,7 @@ class PolicyTerms(NamedTuple):
     log_probs_BT: torch.Tensor
     """With gradient."""
     entropy_BT: torch.Tensor
-    """Without gradient."""
+    """With gradient where it is asked for."""
     likeliest_BT: torch.Tensor
     """Whether the token is the one that the policy finds likeliest."""
 
@@ -33,23 +35,30 @@ def token_log_probs(
     suppressed_token_ids: Sequence[int] = (),
     filters: Filters | None = None,
     seen_BTV: torch.Tensor | None = None,
+    train_entropy: bool = False,
 ) -> PolicyTerms:
     """Log-probability of each token and entropy of its distribution, in float32, as the sampler drew it."""
     all_log_probs_BTV = drawn_log_probs(logits_BTV, temperature, suppressed_token_ids, filters, seen_BTV, tokens_BT)
     log_probs_BT = all_log_probs_BTV.gather(-1, tokens_BT[..., None])[..., 0]
+    with torch.set_grad_enabled(train_entropy and torch.is_grad_enabled()):
+        entropy_BT = entropy(all_log_probs_BTV)
     with torch.no_grad():
-        # 0 * log 0 is 0 here: suppressed tokens add nothing.
-        entropy_BT = torch.special.entr(all_log_probs_BTV.exp()).sum(-1)
         likeliest_BT = all_log_probs_BTV.argmax(-1) == tokens_BT
     return PolicyTerms(log_probs_BT, entropy_BT, likeliest_BT)
 
 
+def entropy(log_probs_BTV: torch.Tensor) -> torch.Tensor:
+    """Of the distribution of each token. What cannot be drawn adds nothing, to the gradient neither."""
+    finite_BTV = log_probs_BTV.masked_fill(log_probs_BTV == -torch.inf, 0.0)
+    return -(log_probs_BTV.exp() * finite_BTV).sum(-1)
+
+
 def loss_normaliser(loss_type: str, lengths: Sequence[int], max_completion_length: int) -> float:
-    """What the sum over the whole step is divided by, from the lengths of all its completions.
+    """What the sum over the whole step is divided by, from the lengths of all its completions, 0 of masked ones.
 
     Completions of groups that were left out for want of a signal count, so that leaving them out changes nothing.
     """
-    if loss_type == "grpo":
+    if loss_type in ("grpo", "sapo"):
         return max(len(lengths), 1)
     if loss_type == "dr_grpo":
         return max(len(lengths), 1) * max_completion_length
@@ -61,35 +70,88 @@ def policy_loss(
     old_log_probs_BT: torch.Tensor,
     advantages_B: torch.Tensor,
     mask_BT: torch.Tensor,
-    *,
-    loss_type: str,
-    epsilon: float,
-    epsilon_high: float,
+    grpo: GrpoSection,
     normaliser: float,
-    beta: float = 0.0,
+    *,
     reference_log_probs_BT: torch.Tensor | None = None,
     importance_BT: torch.Tensor | float = 1.0,
+    chosen_BT: torch.Tensor | float = 1.0,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """The clipped policy-gradient loss with an optional KL term; and its sums over tokens for the log.
+    """The policy-gradient loss with an optional KL term; and its sums over tokens for the log.
 
-    `grpo` averages tokens within a completion and then completions; `dapo` averages all tokens of the step;
-    `dr_grpo` divides by a constant, so that length has no influence. `importance_BT` weighs all but the KL term, as
-    TRL has it.
+    `importance_BT` weighs, and `chosen_BT` picks tokens of, all but the KL term, as TRL has it.
     """
     mask_BT = mask_BT.to(log_probs_BT.dtype)
     advantages_B1 = advantages_B[:, None]
-    ratio_BT = torch.exp(log_probs_BT - old_log_probs_BT)
-    clipped_BT = ratio_BT.clamp(1 - epsilon, 1 + epsilon_high)
-    loss_BT = -torch.min(ratio_BT * advantages_B1, clipped_BT * advantages_B1) * importance_BT
-    sums = {"clipped": masked_sum(is_clipped(ratio_BT, advantages_B1, epsilon, epsilon_high), mask_BT)}
+    ratio_BT = policy_ratio(log_probs_BT, old_log_probs_BT, mask_BT, grpo.importance_sampling_level)
+    loss_BT = -surrogate(ratio_BT, log_probs_BT, advantages_B1, grpo) * importance_BT * chosen_BT
+    sums = {"clipped": masked_sum(is_clipped(ratio_BT, advantages_B1, grpo), mask_BT)}
     if reference_log_probs_BT is not None:
-        kl_BT = kl_estimate(log_probs_BT, reference_log_probs_BT)
-        loss_BT = loss_BT + beta * kl_BT
+        kl_BT = kl_estimate(log_probs_BT, reference_log_probs_BT, grpo.kl_estimator)
+        loss_BT = loss_BT + grpo.beta * (kl_BT * ratio_BT if grpo.use_bias_correction_kl else kl_BT)
         sums["kl"] = masked_sum(kl_BT, mask_BT)
     weights_BT = mask_BT
-    if loss_type == "grpo":
+    if grpo.loss_type in ("grpo", "sapo"):
         weights_BT = mask_BT / mask_BT.sum(1, keepdim=True).clamp(min=1)
     return (loss_BT * weights_BT).sum() / normaliser, sums
+
+
+def policy_ratio(
+    log_probs_BT: torch.Tensor, old_log_probs_BT: torch.Tensor, mask_BT: torch.Tensor, level: str
+) -> torch.Tensor:
+    """Of the policy to the one before the updates: a ratio for each token, or of each completion the geometric mean."""
+    difference_BT = log_probs_BT - old_log_probs_BT
+    if level == "sequence":
+        mean_B1 = (difference_BT * mask_BT).sum(1, keepdim=True) / mask_BT.sum(1, keepdim=True).clamp(min=1)
+        difference_BT = mean_B1.expand_as(difference_BT)
+    return difference_BT.exp()
+
+
+def surrogate(
+    ratio_BT: torch.Tensor, log_probs_BT: torch.Tensor, advantages_B1: torch.Tensor, grpo: GrpoSection
+) -> torch.Tensor:
+    """What the update makes larger, token by token."""
+    if grpo.loss_type == "cispo":
+        return ratio_BT.clamp(max=grpo.upper_epsilon).detach() * advantages_B1 * log_probs_BT
+    if grpo.loss_type == "sapo":
+        sharpness_B1 = torch.where(advantages_B1 > 0, grpo.sapo_temperature_pos, grpo.sapo_temperature_neg)
+        return torch.sigmoid(sharpness_B1 * (ratio_BT - 1)) * 4 / sharpness_B1 * advantages_B1
+    clipped_BT = ratio_BT.clamp(1 - grpo.epsilon, 1 + grpo.upper_epsilon)
+    return torch.min(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
+
+
+def is_clipped(ratio_BT: torch.Tensor, advantages_B1: torch.Tensor, grpo: GrpoSection) -> torch.Tensor:
+    """Tokens whose gradient the clip removes; of `cispo`, those whose weight it cuts; of `sapo` none."""
+    if grpo.loss_type == "cispo":
+        return (ratio_BT > grpo.upper_epsilon) & (advantages_B1 != 0)
+    if grpo.loss_type == "sapo":
+        return torch.zeros_like(ratio_BT, dtype=torch.bool)
+    too_low_BT = (ratio_BT < 1 - grpo.epsilon) & (advantages_B1 < 0)
+    too_high_BT = (ratio_BT > 1 + grpo.upper_epsilon) & (advantages_B1 > 0)
+    return too_low_BT | too_high_BT
+
+
+def kl_estimate(
+    log_probs_BT: torch.Tensor, reference_log_probs_BT: torch.Tensor, estimator: str = "k3"
+) -> torch.Tensor:
+    """Schulman's estimates of KL(policy || reference): `k1` unbiased, `k2` never negative, `k3` both."""
+    difference_BT = reference_log_probs_BT - log_probs_BT
+    if estimator == "k1":
+        return -difference_BT
+    if estimator == "k2":
+        return difference_BT.square() / 2
+    return difference_BT.exp() - difference_BT - 1
+
+
+def entropy_bonus(entropy_BT: torch.Tensor, mask_BT: torch.Tensor, coefficient: float, tokens: float) -> torch.Tensor:
+    """To be taken from the loss: the mean entropy of the mask's tokens, of which all micro-batches have so many."""
+    return coefficient * (entropy_BT * mask_BT).sum() / max(tokens, 1.0)
+
+
+def entropy_threshold(entropies_N: torch.Tensor, top: float) -> float:
+    """The entropy that so large a share of all tokens reaches."""
+    # NumPy's, since torch's quantile has a limit of numbers.
+    return float(np.quantile(entropies_N.numpy(), 1 - top)) if len(entropies_N) else 0.0
 
 
 def importance_weights(
@@ -114,19 +176,6 @@ def importance_weights(
     if mode.endswith("mask"):
         return torch.where((ratio_BT >= low) & (ratio_BT <= high), ratio_BT, 0.0)
     return ratio_BT.clamp(low, high)
-
-
-def is_clipped(ratio_BT: torch.Tensor, advantages_B1: torch.Tensor, epsilon: float, epsilon_high: float):
-    """Tokens whose gradient the clip removes."""
-    too_low_BT = (ratio_BT < 1 - epsilon) & (advantages_B1 < 0)
-    too_high_BT = (ratio_BT > 1 + epsilon_high) & (advantages_B1 > 0)
-    return too_low_BT | too_high_BT
-
-
-def kl_estimate(log_probs_BT: torch.Tensor, reference_log_probs_BT: torch.Tensor) -> torch.Tensor:
-    """Schulman's unbiased, never negative estimate of KL(policy || reference) ("k3")."""
-    difference_BT = reference_log_probs_BT - log_probs_BT
-    return difference_BT.exp() - difference_BT - 1
 
 
 def masked_sum(values_BT: torch.Tensor, mask_BT: torch.Tensor) -> float:

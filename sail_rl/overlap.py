@@ -48,12 +48,13 @@ class Writer:
         self.rollout = run.recipe.rollout
         self.batch: Batch | None = None  # of the first step that is not done, if it is written
         self.coming: tuple[list[Question], Any, EarlyScores, int] | None = None
+        self.first: Batch | None = None  # of the step that is being done, with overlap
 
     def take_up(self, progress: Progress) -> None:
         """Go on with the completions that a checkpoint holds."""
         if progress.written_ahead:
             rollouts = [Rollout(**told) for told in self.run.shard.slice(list(progress.written_ahead))]
-            questions, size = self._read(), self.rollout.num_generations
+            questions, size = self._read(self.rollout.prompts_per_step), self.rollout.num_generations
             scoring = self.begin_scoring(questions, progress.step + 1)
             for place in range(len(questions)):
                 scoring.add(place, rollouts[place * size : (place + 1) * size])
@@ -62,20 +63,40 @@ class Writer:
     def next(self, step: int) -> Batch:
         """The batch of this step; with overlap that of the next one is begun."""
         if not self.rollout.overlap:
-            questions = self._read()
-            scoring = self.begin_scoring(questions, step)
-            with self.watch.phase("rollout"), self.profile.untraced():
-                rollouts = self.engine.generate(*self._asked(questions), scoring.add)
-            return Batch(questions, rollouts, scoring, self.stream.position)
-        if self.batch is None:
-            self._begin(step)
-            self.finish()
-        assert self.batch is not None
-        self._begin(step + 1)
-        return self.batch
+            return self._written(self.rollout.prompts_per_step, step)
+        self.first = self._taken(step)
+        return self.first
+
+    def more(self, count: int, step: int) -> Batch:
+        """More questions for this step, so many; with overlap the batch that is written for the next step already."""
+        if not self.rollout.overlap:
+            return self._written(count, step)
+        with self.watch.phase("rollout"):
+            self._wait()
+        return self._taken(step)
 
     def finish(self) -> None:
         """Wait for what is being written: after a step, before the weights change."""
+        self.first = None
+        self._wait()
+
+    def _written(self, count: int, step: int) -> Batch:
+        questions = self._read(count)
+        scoring = self.begin_scoring(questions, step)
+        with self.watch.phase("rollout"), self.profile.untraced():
+            rollouts = self.engine.generate(*self._asked(questions), scoring.add)
+        return Batch(questions, rollouts, scoring, self.stream.position)
+
+    def _taken(self, step: int) -> Batch:
+        if self.batch is None:
+            self._begin(step)
+            self._wait()
+        assert self.batch is not None
+        batch = self.batch
+        self._begin(step + 1)
+        return batch
+
+    def _wait(self) -> None:
         if self.coming is None:
             return
         (questions, pending, scoring, position), self.coming, self.batch = self.coming, None, None
@@ -85,18 +106,19 @@ class Writer:
         """Progress with the completions of the first step that is not done."""
         if not self.rollout.overlap:
             return progress
-        mine = [asdict(rollout) for rollout in self.batch.rollouts] if self.batch else []
+        batch = self.first or self.batch
+        mine = [asdict(rollout) for rollout in batch.rollouts] if batch else []
         return progress.after(written_ahead=self.run.shard.gather(mine))
 
-    def _read(self) -> list[Question]:
+    def _read(self, count: int) -> list[Question]:
         with self.watch.phase("data"):
-            return self.stream.next_items(self.rollout.prompts_per_step)
+            return self.stream.next_items(count)
 
     def _asked(self, questions: Sequence[Question]) -> tuple[list[Any], int, Sampling]:
         return [question.prompt for question in questions], self.rollout.num_generations, self.sampling
 
     def _begin(self, step: int) -> None:
-        questions = self._read()
+        questions = self._read(self.rollout.prompts_per_step)
         scoring = self.begin_scoring(questions, step)
         with self.watch.phase("rollout"):
             pending = self.engine.begin(*self._asked(questions), scoring.add)

@@ -101,9 +101,9 @@ def trained_differences(log_probs_BC: torch.Tensor, batch: TrainingBatch) -> tor
     return difference_BC[batch.mask_BC.cpu() > 0]
 
 
-def parity_figures(run: Run, log_probs: dict[int, torch.Tensor], batches: Sequence[TrainingBatch]) -> dict[str, Any]:
+def parity_figures(run: Run, log_probs: Sequence[torch.Tensor], batches: Sequence[TrainingBatch]) -> dict[str, Any]:
     """Gaps of the step's trained tokens, and the spread of the ratios of their probabilities, for the log."""
-    mine = torch.cat([trained_differences(log_probs[number], batch) for number, batch in enumerate(batches)])
+    mine = torch.cat([trained_differences(own, batch) for own, batch in zip(log_probs, batches, strict=True)])
     difference_N = torch.tensor(run.shard.gather(mine.tolist()))
     names = ("parity/mean", "parity/p99", "parity/max", "parity/ratio_std", "parity/ratio_min", "parity/ratio_max")
     if not len(difference_N):

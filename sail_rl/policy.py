@@ -37,9 +37,10 @@ LOGITS_AT_ONCE = 2**25  # 128 MiB in float32; more are computed in parts, and ag
 class Policy(nn.Module):
     """What is trained, in the form that distributed wrappers need: one call is one forward pass."""
 
-    def __init__(self, model, attention: Attention = "sdpa"):
+    def __init__(self, model, attention: Attention = "sdpa", train_entropy: bool = False):
         super().__init__()
         self.model = model
+        self.train_entropy = train_entropy
         if obstacle(model) is None:
             use_segments(model, IMPLEMENTATIONS[attention])
 
@@ -51,7 +52,7 @@ class Policy(nn.Module):
         prompt: ReadPrompt | None = None,
         filters: Filters | None = None,
     ) -> PolicyTerms:
-        return token_terms(self.model, batch, temperature, suppressed, prompt, filters)
+        return token_terms(self.model, batch, temperature, suppressed, prompt, filters, self.train_entropy)
 
 
 def token_terms(
@@ -61,6 +62,7 @@ def token_terms(
     suppressed: Sequence[int] = (),
     prompt: ReadPrompt | None = None,
     filters: Filters | None = None,
+    train_entropy: bool = False,
 ) -> PolicyTerms:
     """[B, C] terms of the completions' tokens as the sampler saw them; 0 beyond their ends."""
     if batch.prompt is not None and prompt is None:
@@ -74,7 +76,7 @@ def token_terms(
         # Not `head(...)`: ZeRO-3 would gather it for each part, of which processes have different numbers.
         logits_NV = linear(part_ND, head.weight, head.bias)
         seen_NV = None if first_BV is None else first_BV[rows] < columns[:, None]
-        return token_log_probs(logits_NV, tokens, temperature, suppressed, filters, seen_NV)
+        return token_log_probs(logits_NV, tokens, temperature, suppressed, filters, seen_NV, train_entropy)
 
     first_BV = places_seen(batch, head.out_features, filters)
     terms = in_parts(of_part, max(1, LOGITS_AT_ONCE // head.out_features), hidden_ND, tokens_N, *places)

@@ -4,7 +4,7 @@ MFU (model FLOPs utilisation) is the arithmetic that the algorithm needs, over w
 time at their peak. Needed is, each counted once however often a layout repeats it:
   rollout  forward over every prompt with its pictures, and over every token written
   update   forward and backward over the prompt, pictures and completions of every trained group, for each iteration;
-           with a KL term also the starting model's forward
+           with a KL term also the starting model's forward, with mini-batches the policy's before the first of them
 Padding, prompts read again for each completion, and activations computed again (gradient checkpointing) are lost time.
 
 Forward, in FLOPs: 2 W per token for the W weights that it meets (the tower's per patch, the adapter's per picture
@@ -221,7 +221,9 @@ class Profile:
         """FLOPs of all the updates on these groups."""
         grpo = getattr(self.run.recipe, "grpo", None)
         forward, backward = self.cost.forward(trained), self.cost.backward(trained)
-        return (forward + backward + forward * bool(grpo and grpo.beta)) * (grpo.num_iterations if grpo else 1)
+        if grpo is None:
+            return forward + backward
+        return (forward + backward) * grpo.num_iterations + forward * (bool(grpo.beta) + grpo.looks_ahead)
 
     def utilisation(self, flops: dict[str, float], seconds: dict[str, float]) -> dict[str, float]:
         """MFU of the phases that compute and of the whole step."""

@@ -14,18 +14,18 @@ def train(recipe: GrpoRecipe) -> None:
     """The whole algorithm, top to bottom."""
     # Imported here, so that mistakes in a recipe are answered before torch loads.
     from sail_rl import checkpoint, scoring
-    from sail_rl.advantage import group_advantages
     from sail_rl.audit import log_verdicts
-    from sail_rl.balance import share_work
     from sail_rl.batch_form import choose_attention, choose_form
-    from sail_rl.data.packing import idle_group, make_batches
+    from sail_rl.compare import compare
+    from sail_rl.data.packing import idle_group
+    from sail_rl.dynamic_sampling import refill
     from sail_rl.early_scores import begin_scoring
     from sail_rl.engines import make_engine
     from sail_rl.eval import accuracy_now, predictions_once
     from sail_rl.finish import finish_run
     from sail_rl.launch import check_divisible, record_environment, seed_step, start_run
-    from sail_rl.losses import loss_normaliser
     from sail_rl.metrics import MetricsLog, Stopwatch
+    from sail_rl.mini_batches import make_mini_batches
     from sail_rl.model.load import image_token_ids, load_model, prepare_for_training, starting_policy
     from sail_rl.optimizer import make_optimizer, set_learning_rate
     from sail_rl.overlap import Writer
@@ -39,8 +39,7 @@ def train(recipe: GrpoRecipe) -> None:
     from sail_rl.update import make_groups, prompts_apart, update_policy
 
     rollout, grpo, trainer = recipe.rollout, recipe.grpo, recipe.trainer
-    group_size = rollout.num_generations
-    keep_all = grpo.beta > 0  # a KL term gives every group a gradient
+    keep_all, masked = grpo.trains_without_signal, grpo.mask_truncated_completions
 
     # The run, its rewards, model and data.
     rewards = scoring.load_rewards(recipe)
@@ -59,7 +58,8 @@ def train(recipe: GrpoRecipe) -> None:
     # Optimizer, engine, and where a resumed run stands.
     prepare_for_training(policy, trainer.gradient_checkpointing)
     attention, apart = choose_attention(run, policy), prompts_apart(run, policy)
-    model, optimizer, whole = prepare(run, Policy(policy, attention), make_optimizer(policy, recipe.optim))
+    wrapped = Policy(policy, attention, train_entropy=grpo.entropy_coef > 0)
+    model, optimizer, whole = prepare(run, wrapped, make_optimizer(policy, recipe.optim))
     record_environment(run, model)
     reference = starting_policy(recipe.model, recipe.seed, model, attention) if grpo.beta else None
     progress = checkpoint.load_progress(run, resumed, optimizer)
@@ -81,27 +81,22 @@ def train(recipe: GrpoRecipe) -> None:
                 profile.begin(step)
                 seed_step(run, step)
                 batch = writer.next(step)
+                batch, scores, refills = refill(run, rewards, writer, batch, step)
                 questions, rollouts = batch.questions, batch.rollouts
                 with watch.phase("rollout"):
                     engine.sleep()
 
                 with watch.phase("reward"):
-                    scores = batch.scoring.result()  # begun as groups became whole
                     outcomes = scoring.gather_outcomes(run.shard, rollouts, scores)
                     failures = scoring.count_failures(run, rewards, progress, outcomes, scores.errors)
 
                 with watch.phase("update"):
-                    rewards_N = scoring.reward_tensor(outcomes)
-                    advantages = group_advantages(rewards_N, group_size, grpo.scale_rewards)
-                    groups = make_groups(questions, rollouts, advantages, run.shard, keep_all)
+                    advantages = compare(recipe, rewards, outcomes)
+                    groups = make_groups(questions, rollouts, advantages, run.shard, keep_all, masked)
                     form = form or choose_form(run, whole.model, groups, whole.weights)
-                    groups = share_work(run, groups, form or "padded")
-                    budget = recipe.update.token_budget
-                    batches = make_batches(groups, budget, idle, run.highest, form or "padded", apart)
-                    scored_lengths = [outcome.length for outcome in outcomes if outcome.reward is not None]
-                    normaliser = loss_normaliser(grpo.loss_type, scored_lengths, rollout.max_completion_length)
+                    cut = run, groups, outcomes, advantages, idle, form or "padded", apart
                     learning_rate = set_learning_rate(optimizer, recipe.optim, step, trainer.max_steps)
-                    figures = update_policy(run, model, reference, optimizer, batches, normaliser, suppressed)
+                    figures = update_policy(run, model, reference, optimizer, make_mini_batches(*cut), suppressed)
 
                 progress = progress.after(
                     step=step,
@@ -116,7 +111,7 @@ def train(recipe: GrpoRecipe) -> None:
                 progress = progress.after(seconds=progress.seconds + sum(seconds.values()))
                 utilisation = profile.end(step, seconds, groups, written_groups(questions, rollouts))
                 figures |= scoring.reward_figures(outcomes)
-                figures |= scoring.group_figures(advantages, outcomes, seconds, keep_all)
+                figures |= scoring.group_figures(advantages, outcomes, seconds, keep_all) | {"groups/refills": refills}
                 figures |= {"scoring/seconds": batch.scoring.seconds}
                 figures |= accuracy_now(run, step, engine, eval_stream)
                 log.write(step, figures | utilisation | {"learning_rate": learning_rate})

@@ -1,32 +1,28 @@
-"""One policy update: forward and backward over the micro-batches, clip, step.
+"""A step's policy updates: forward and backward over the micro-batches, clip, step.
 
 Suffixes: _B rows, _C tokens of a completion.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 import torch
-from torch import nn
 
 from rollouts import Rollout
 from sail_rl.advantage import Advantages
 from sail_rl.batch import Group, TrainingBatch
+from sail_rl.before_update import Counts, Known, MiniBatch, after_their_prompts, before_update, count_tokens
 from sail_rl.config import GrpoRecipe
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
-from sail_rl.losses import balance_loss, importance_weights, masked_sum, policy_loss
-from sail_rl.model.frozen_tower import features_kept, has_frozen_tower
-from sail_rl.model.lora import adapters_off
-from sail_rl.model.prefix_sharing import ReadPrompt
-from sail_rl.model.router import experts_per_token, find_routers, recorded_routers
+from sail_rl.losses import PolicyTerms, entropy_bonus, importance_weights, masked_sum, policy_loss
+from sail_rl.model.frozen_tower import features_kept
+from sail_rl.model.router import find_routers, recorded_routers
 from sail_rl.parity import parity_figures
-from sail_rl.policy import compute_prompt
 from sail_rl.questions import Question
+from sail_rl.routing import balance_term, routing_figures
 from sail_rl.sampling import filters_of
-from sail_rl.sharding import autocast, clip_and_step, sharding_of, sync_gradients
+from sail_rl.sharding import clip_and_step, sharding_of, sync_gradients
 
 
 def make_groups(
@@ -35,75 +31,91 @@ def make_groups(
     advantages: Advantages,
     shard: Shard,
     keep_all: bool,
+    mask_truncated: bool = False,
 ) -> list[Group]:
-    """This process's groups for the update.
+    """This process's groups for the update, without completions that are masked.
 
-    A group whose rewards are all equal has no gradient and is left out, unless a KL term makes it count (`keep_all`).
+    A group whose rewards are all equal has no gradient and is left out, unless another term needs it (`keep_all`).
     """
     size = len(rollouts) // len(questions)
     values = shard.slice(advantages.values_N.tolist())
     scored = shard.slice(advantages.scored_N.tolist())
     has_signal = shard.slice(advantages.has_signal_P.tolist())
+    numbers = shard.slice(advantages.numbers_P.tolist())
     groups = []
     for number, question in enumerate(questions):
         members = [i for i in range(number * size, (number + 1) * size) if scored[i]]
+        members = [i for i in members if not (mask_truncated and rollouts[i].finish_reason == "length")]
         if members and (has_signal[number] or keep_all):
             completions = [rollouts[i].token_ids for i in members]
             log_probs = [rollouts[i].log_probs for i in members]
-            groups.append(Group(question.prompt, completions, [values[i] for i in members], log_probs))
+            own = [values[i] for i in members]
+            groups.append(Group(question.prompt, completions, own, log_probs, number=numbers[number]))
     return groups
 
 
 def update_policy(
-    run: Run,
-    model,
-    reference,
-    optimizer,
-    batches: Sequence[TrainingBatch],
-    normaliser: float,
-    suppressed: Sequence[int],
+    run: Run, model, reference, optimizer, mini_batches: Sequence[MiniBatch], suppressed: Sequence[int]
 ) -> dict[str, Any]:
-    """`grpo.num_iterations` optimizer steps on one step's rollouts; figures for the log."""
-    recipe = run.recipe
-    grpo, temperature, filters = recipe.grpo, recipe.rollout.temperature, filters_of(recipe.rollout)
-    old_log_probs: dict[int, torch.Tensor] = {}
-    sums = {"loss": 0.0, "tokens": 0.0, "entropy": 0.0, "clipped": 0.0, "kl": 0.0, "balance": 0.0, "largest_share": 0.0}
-    grad_norm, read = 0.0, tokens_read(run, batches)
-    # What a frozen tower gives does not change: it is kept where the same pictures are passed again.
-    keep = has_frozen_tower(model) and (grpo.num_iterations > 1 or reference is not None)
-    features: list[Any] = [[] if keep else None for _ in batches]
-    references = reference_log_probs(run, reference, batches, suppressed, features)
-    for _ in range(grpo.num_iterations):
-        optimizer.zero_grad()
-        for number, (batch, prompt) in enumerate(after_their_prompts(run, model, batches)):
-            with sync_gradients(run, model, last=number == len(batches) - 1):
-                with recorded_routers(model) as router_logits, features_kept(model, features[number]):
-                    terms = model(batch, temperature, suppressed, prompt, filters)
+    """An optimizer step for each mini-batch, `grpo.num_iterations` times; figures for the log."""
+    iterations = run.recipe.grpo.num_iterations
+    known = before_update(run, model, reference, mini_batches, suppressed)
+    counts = [count_tokens(run, *pair) for pair in zip(mini_batches, known, strict=True)]
+    sums, grad_norm = dict[str, float](), 0.0
+    for _ in range(iterations):
+        for mini_batch, parts, counted in zip(mini_batches, known, counts, strict=True):
+            optimizer.zero_grad()
+            for one in passes(run, model, mini_batch, parts, counted, suppressed):
+                sums = {name: sums.get(name, 0.0) + value for name, value in one.items()}
+            grad_norm = clip_and_step(run, model, optimizer)
+    sums, updates = run.sum(sums), iterations * len(mini_batches)
+    figures = update_figures(sums, iterations, updates, grad_norm)
+    batches = [batch for mini_batch in mini_batches for batch in mini_batch.batches]
+    old_log_probs = [part.old_BC for parts in known for part in parts if part.old_BC is not None]
+    return figures | routing_figures(model, sums, updates) | parity_figures(run, old_log_probs, batches)
+
+
+def passes(
+    run: Run, model, mini_batch: MiniBatch, known: Sequence[Known], counts: Counts, suppressed: Sequence[int]
+) -> Iterator[dict[str, float]]:
+    """Forward and backward over the micro-batches; of each the sums for the log."""
+    rollout = run.recipe.rollout
+    filters, last = filters_of(rollout), len(mini_batch.batches) - 1
+    for number, (batch, prompt) in enumerate(after_their_prompts(run, model, mini_batch.batches)):
+        part = known[number]
+        with sync_gradients(run, model, last=number == last):
+            with recorded_routers(model) as router_logits, features_kept(model, part.features):
+                terms = model(batch, rollout.temperature, suppressed, prompt, filters)
+            if part.old_BC is None:
                 # The first pass is on-policy: its own log-probabilities are the old ones, at no extra cost.
-                old_BC = old_log_probs.setdefault(number, terms.log_probs_BT.detach())
-                loss, batch_sums = policy_loss(
-                    terms.log_probs_BT,
-                    old_BC,
-                    batch.advantages_B,
-                    batch.mask_BC,
-                    loss_type=grpo.loss_type,
-                    epsilon=grpo.epsilon,
-                    epsilon_high=grpo.epsilon_high or grpo.epsilon,
-                    normaliser=normaliser,
-                    beta=grpo.beta,
-                    reference_log_probs_BT=references[number],
-                    importance_BT=importance_of(run.recipe, old_BC, batch),
-                )
-                balance, routing_sums = balance_term(run, model, router_logits, batch, read)
-                # Distributed wrappers average gradients over processes; the normaliser already counts all of them.
-                run.accelerator.backward((loss + balance) * run.shard.world_size)
-            batch_sums |= routing_sums | {"loss": float(loss.detach()), "tokens": float(batch.mask_BC.sum())}
-            batch_sums["entropy"] = masked_sum(terms.entropy_BT, batch.mask_BC)
-            sums = {name: total + batch_sums.get(name, 0.0) for name, total in sums.items()}
-        grad_norm = clip_and_step(run, model, optimizer)
-    sums = run.sum(sums)
-    figures = update_figures(sums, grpo.num_iterations, grad_norm, with_kl=reference is not None)
-    return figures | routing_figures(model, sums, grpo.num_iterations) | parity_figures(run, old_log_probs, batches)
+                part.old_BC = terms.log_probs_BT.detach()
+            loss, sums = batch_loss(run.recipe, terms, batch, part, mini_batch.normaliser, counts)
+            balance, routing_sums = balance_term(run, model, router_logits, batch, counts.read)
+            # Distributed wrappers average gradients over processes; the normaliser already counts all of them.
+            run.accelerator.backward((loss + balance) * run.shard.world_size)
+        yield sums | routing_sums | {"loss": float(loss.detach()), "tokens": float(batch.mask_BC.sum())}
+
+
+def batch_loss(
+    recipe: GrpoRecipe, terms: PolicyTerms, batch: TrainingBatch, known: Known, normaliser: float, counts: Counts
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """A micro-batch's part of the loss, and its sums for the log."""
+    assert known.old_BC is not None
+    loss, sums = policy_loss(
+        terms.log_probs_BT,
+        known.old_BC,
+        batch.advantages_B,
+        batch.mask_BC,
+        recipe.grpo,
+        normaliser,
+        reference_log_probs_BT=known.reference_BC,
+        importance_BT=importance_of(recipe, known.old_BC, batch),
+        chosen_BT=known.chosen_BC,
+    )
+    if recipe.grpo.entropy_coef:
+        chosen_BC = batch.mask_BC * known.chosen_BC
+        loss = loss - entropy_bonus(terms.entropy_BT, chosen_BC, recipe.grpo.entropy_coef, counts.chosen)
+    return loss, sums | {"entropy": masked_sum(terms.entropy_BT, batch.mask_BC)}
 
 
 def importance_of(recipe: GrpoRecipe, old_BC: torch.Tensor, batch: TrainingBatch) -> torch.Tensor | float:
@@ -132,76 +144,14 @@ def prompts_apart(run: Run, model) -> bool:
     return not sharding_of(run.accelerator) and not find_routers(model)
 
 
-def after_their_prompts(
-    run: Run, model, batches: Sequence[TrainingBatch]
-) -> Iterator[tuple[TrainingBatch, ReadPrompt | None]]:
-    """Each batch, and the prompt that was computed before it if there is one: once for all batches that share it.
-
-    When these have had their backward passes, which is when the next batch is asked for, the prompt has its own.
-    """
-    device = run.accelerator.device
-    for _, sharing in groupby(batches, key=lambda batch: id(batch.prompt)):
-        first, *others = sharing
-        row = first.prompt and first.prompt.to(device)
-        with autocast(run):
-            prompt = compute_prompt(run.accelerator.unwrap_model(model).model, row) if row else None
-        for batch in (first, *others):
-            yield replace(replace(batch, prompt=None).to(device), prompt=row), prompt
-        if prompt and torch.is_grad_enabled():
-            prompt.backward()
-
-
-def tokens_read(run: Run, batches: Sequence[TrainingBatch]) -> float:
-    """Tokens that the step's completions read, a prompt once for each of them, on all processes."""
-    return run.sum({"read": sum(float(batch.readers_RT.sum()) for batch in batches)})["read"]
-
-
-def balance_term(
-    run: Run, model, router_logits: Sequence[torch.Tensor], batch: TrainingBatch, read: float
-) -> tuple[torch.Tensor | float, dict[str, float]]:
-    """What a mixture of experts adds to the loss, and its sums for the log; nothing for a dense model."""
-    if not router_logits:
-        return 0.0, {}
-    experts = experts_per_token(run.accelerator.unwrap_model(model).model)
-    readers_N, everyone = batch.readers_RT.flatten(), run.accelerator.reduce
-    loss, sums = balance_loss(router_logits, readers_N, experts, max(read, 1.0), everyone)
-    return run.recipe.model.router_aux_loss_coef * loss, sums
-
-
-def routing_figures(model, sums: dict[str, float], iterations: int) -> dict[str, float]:
-    """How evenly a mixture uses its experts: the loss is at best the number of experts per token, and the largest share
-    that an expert has of its layer's work at best one by their number."""
-    if not find_routers(model):
-        return {}
-    names = {"router/balance_loss": "balance", "router/largest_share": "largest_share"}
-    return {name: sums[key] / iterations for name, key in names.items()}
-
-
-@torch.no_grad()
-def reference_log_probs(
-    run: Run, reference: nn.Module | None, batches: Sequence[TrainingBatch], suppressed: Sequence[int], features
-) -> list[torch.Tensor | None]:
-    """How the starting model sees each batch's tokens, in the policy's precision; None without a KL term."""
-    if reference is None:
-        return [None] * len(batches)
-    found: list[torch.Tensor | None] = []
-    temperature, filters = run.recipe.rollout.temperature, filters_of(run.recipe.rollout)
-    with adapters_off(reference), autocast(run):
-        for number, (batch, prompt) in enumerate(after_their_prompts(run, reference, batches)):
-            with features_kept(reference, features[number]):
-                terms = reference(batch, temperature, suppressed, prompt, filters)
-            found.append(terms.log_probs_BT)
-    return found
-
-
-def update_figures(sums: dict[str, float], iterations: int, grad_norm: float, with_kl: bool) -> dict[str, Any]:
-    """Means over the tokens that were trained."""
+def update_figures(sums: dict[str, float], iterations: int, updates: int, grad_norm: float) -> dict[str, Any]:
+    """Means over the tokens that were trained, and of the loss over the updates."""
     tokens = max(sums["tokens"], 1.0)
-    figures = {
-        "loss": sums["loss"] / iterations,
+    return {
+        "loss": sums["loss"] / updates,
         "entropy": sums["entropy"] / tokens,
         "clip_fraction": sums["clipped"] / tokens,
         "grad_norm": grad_norm,
         "tokens/trained": sums["tokens"] / iterations,
+        "kl": sums["kl"] / tokens if "kl" in sums else None,
     }
-    return figures | {"kl": sums["kl"] / tokens if with_kl else None}

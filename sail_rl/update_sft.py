@@ -14,8 +14,8 @@ from sail_rl.config_data import KINDS
 from sail_rl.launch import Run
 from sail_rl.losses import PolicyTerms, masked_sum, sample_scales, supervised_loss
 from sail_rl.model.router import recorded_routers
+from sail_rl.routing import balance_term, routing_figures, tokens_read
 from sail_rl.sharding import clip_and_step, sync_gradients
-from sail_rl.update import balance_term, routing_figures, tokens_read
 
 
 def update_supervised(run: Run, model, optimizer, batches: Sequence[TrainingBatch]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def update_supervised(run: Run, model, optimizer, batches: Sequence[TrainingBatc
     grad_norm = clip_and_step(run, model, optimizer)
     sums = run.sum(sums)
     figures = supervised_figures(run.recipe.data.thinking, sums, counts) | {"grad_norm": grad_norm}
-    return figures | routing_figures(model, sums, iterations=1)
+    return figures | routing_figures(model, sums, updates=1)
 
 
 def kind_counts(run: Run, batches: Sequence[TrainingBatch]) -> dict[str, float]:

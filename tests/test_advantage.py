@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 
-from sail_rl.advantage import group_advantages
+from sail_rl.advantage import advantages_of_each, group_advantages
 
 NAN = float("nan")
 EPSILON = 1e-4  # beside the standard deviation, as in TRL
@@ -75,3 +75,42 @@ def test_advantages_of_a_group_sum_to_zero_and_keep_the_order():
     assert advantages.sum(1).tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
     assert advantages.argmax(1).tolist() == [0, 0]
     assert advantages[1].argmin() == 2
+
+
+def test_leave_one_out_compares_with_the_others():
+    """RLOO; a completion without a reward is none of the others."""
+    advantages = group_advantages(tensor([1.0, 0.0, 0.5, NAN, 2.0, 2.0, 2.0, 2.0]), 4, "none", "leave_one_out")
+    assert advantages.values_N.tolist() == pytest.approx([0.75, -0.75, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    assert advantages.has_signal_P.tolist() == [True, False]
+
+
+def test_the_step_as_baseline():
+    """REINFORCE++: groups of equal rewards have a signal, unless all of the step are equal."""
+    rewards = [1.0, 1.0, 0.0, 0.0, NAN, 0.5]
+    advantages = group_advantages(tensor(rewards), 2, "batch", "batch")
+    known = [reward for reward in rewards if reward == reward]
+    expected = [(r - statistics.mean(known)) / (statistics.stdev(known) + EPSILON) if r == r else 0.0 for r in rewards]
+    assert advantages.values_N.tolist() == pytest.approx(expected)
+    assert advantages.has_signal_P.tolist() == [True, True, True]
+    assert group_advantages(torch.full((6,), 0.1), 2, "batch", "batch").values_N.tolist() == [0.0] * 6
+
+
+def test_scaled_by_what_is_left_after_the_baseline():
+    """REINFORCE++ with a baseline: the deviation is that of the centred rewards of the whole step."""
+    centred = [reward - statistics.mean(group) for group in (REWARDS[:4], REWARDS[4:]) for reward in group]
+    advantages = group_advantages(tensor(REWARDS), 4, "batch_centred")
+    assert advantages.values_N.tolist() == pytest.approx([c / (statistics.stdev(centred) + EPSILON) for c in centred])
+
+
+def test_rewards_one_by_one_count_alike():
+    """GDPO: the second reward differs by a hundredth of the first, and decides as much."""
+    first, second = [0.0, 1.0, 0.0, 1.0], [0.01, 0.0, 0.0, 0.01]
+    rewards = tensor([first, second]).T
+    advantages = advantages_of_each(rewards, tensor([1.0, 1.0]), 4)
+    both = group_advantages(rewards.sum(1), 4)
+    assert both.values_N[0] < 0  # the sum listens to the first alone
+    assert advantages.values_N[0].abs() < 0.05  # better in one, worse in the other
+    assert advantages.values_N[3] > 1
+    assert advantages.values_N.sum().item() == pytest.approx(0, abs=1e-9)
+    # A reward without weight gives no group a signal.
+    assert advantages_of_each(tensor([[1.0, 0.0], [1.0, 1.0]]), tensor([1.0, 0.0]), 2).has_signal_P.tolist() == [False]

@@ -114,6 +114,19 @@ def test_all_mistakes_are_named_at_once(load):
         ("rewards: [{weight: 1}]", "rewards.0.function: this key is required"),
         ("rewards: [{function: 'a.py:same'}, {function: 'b.py:same'}]", "two entries are both logged as 'same'"),
         ("rollout: {num_generations: 1}", "rollout.num_generations = 1"),
+        (
+            "grpo: {dynamic_sampling: 2, baseline: batch}",
+            "`dynamic_sampling` replaces groups whose rewards are all equal",
+        ),
+        ("grpo: {multi_objective_aggregation: normalize_then_sum, scale_rewards: none}", "leave out `baseline` and"),
+        (
+            "grpo: {multi_objective_aggregation: normalize_then_sum}\nreward_mix: {mode: product, factors: [accuracy]}",
+            "normalize_then_sum adds rewards up, reward_mix.mode: product multiplies them",
+        ),
+        ("grpo: {mini_batches: 17}", "grpo.mini_batches = 17 is more than rollout.prompts_per_step = 16"),
+        ("grpo: {loss_type: cispo}", "`loss_type: cispo` cuts ratios at `epsilon_high` itself: give one of at least 1"),
+        ("grpo: {loss_type: cispo, epsilon_high: 0.28}", "give one of at least 1, such as 5.0"),
+        ("grpo: {kl_estimator: k1, beta: 0.1}", "set `use_bias_correction_kl: true`, or take k2"),
     ],
 )
 def test_a_mistake_is_named(load, changes, expected):

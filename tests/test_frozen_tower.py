@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from families import make_world
 
 from sail_rl.batch import Group, make_batch
+from sail_rl.before_update import MiniBatch
 from sail_rl.config import GrpoSection, OptimSection, RolloutSection
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
@@ -47,7 +48,7 @@ def updated(world, frozen):
     optimizer = make_optimizer(model, optim)
     set_learning_rate(optimizer, optim, 1, 2)
     run = Run(recipe, None, Accelerator(cpu=True), Shard())
-    figures = update_policy(run, Policy(model), reference, optimizer, world.batches, 6.0, ())
+    figures = update_policy(run, Policy(model), reference, optimizer, [MiniBatch(world.batches, 6.0)], ())
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     return figures, weights, len(passes)
 
@@ -64,7 +65,7 @@ def test_each_picture_is_seen_once(world, monkeypatch):
     frozen = ["tower", "adapter"]
     figures, weights, passes = updated(world, frozen)
     assert passes == len(world.batches)
-    monkeypatch.setattr("sail_rl.update.has_frozen_tower", lambda model: False)
+    monkeypatch.setattr("sail_rl.before_update.has_frozen_tower", lambda model: False)
     expected, expected_weights, all_passes = updated(world, frozen)
     assert all_passes == len(world.batches) * (ITERATIONS + 1)
     known = {name: value for name, value in expected.items() if value is not None}  # no engine wrote these completions

@@ -15,6 +15,7 @@ from tiny_models import MODELS, completion_logits, groups, mixed_batch, processo
 from transformers import AutoModelForImageTextToText, InternVLConfig, InternVLForConditionalGeneration
 
 from sail_rl.batch import make_batch
+from sail_rl.before_update import MiniBatch
 from sail_rl.checkpoint import full_parameters, save_model
 from sail_rl.command_line import BadInput, load_recipe
 from sail_rl.config import GrpoSection, OptimSection, RolloutSection, SftRecipe
@@ -227,7 +228,7 @@ def test_a_step_trains_the_adapters_alone_and_the_kl_is_to_the_start(base, proce
         figures[how] = []
         for step in (1, 2, 3):
             set_learning_rate(optimizer, optim, step, 3)
-            figures[how].append(update_policy(run, Policy(policy), reference, optimizer, batches, 9.0, ()))
+            figures[how].append(update_policy(run, Policy(policy), reference, optimizer, [MiniBatch(batches, 9.0)], ()))
         unchanged = {name for name, tensor in policy.state_dict().items() if torch.equal(tensor, start[name])}
         assert unchanged == {name for name in start if ".lora_" not in name}
     assert figures["adapters off"] == figures["a model of its own"]

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
+from sail_rl.config import GrpoSection
 from sail_rl.losses import (
+    entropy_bonus,
+    entropy_threshold,
     importance_weights,
     is_clipped,
     kl_estimate,
@@ -121,7 +124,8 @@ def test_kl_estimate_is_never_negative_and_right_on_average(logits_BTV):
     ],
 )
 def test_is_clipped_exactly_where_the_loss_has_no_gradient(ratio, advantage, clipped):
-    assert is_clipped(torch.tensor([[ratio]]), torch.tensor([[advantage]]), 0.2, 0.3).item() is clipped
+    grpo = GrpoSection(epsilon=0.2, epsilon_high=0.3)
+    assert is_clipped(torch.tensor([[ratio]]), torch.tensor([[advantage]]), grpo).item() is clipped
     log_prob = torch.tensor([[math.log(ratio)]], requires_grad=True)
     one = torch.ones(1, 1)
     loss, sums = policy_loss(
@@ -129,9 +133,7 @@ def test_is_clipped_exactly_where_the_loss_has_no_gradient(ratio, advantage, cli
         torch.zeros(1, 1),
         torch.tensor([advantage]),
         one,
-        loss_type="dapo",
-        epsilon=0.2,
-        epsilon_high=0.3,
+        grpo,
         normaliser=1.0,
     )
     loss.backward()
@@ -146,8 +148,10 @@ def test_is_clipped_exactly_where_the_loss_has_no_gradient(ratio, advantage, cli
 def test_policy_loss_equals_the_formula(policy, mask_BT, loss_type, normaliser, beta):
     assert loss_normaliser(loss_type, LENGTHS, max_completion_length=7) == normaliser
     reference_BT = random(B, T, seed=5) - 1 if beta else None
-    settings = {"loss_type": loss_type, "epsilon": 0.1, "epsilon_high": 0.3, "beta": beta, "normaliser": normaliser}
-    loss, sums = policy_loss(**policy, mask_BT=mask_BT, reference_log_probs_BT=reference_BT, **settings)
+    grpo = GrpoSection(loss_type=loss_type, epsilon=0.1, epsilon_high=0.3, beta=beta)
+    loss, sums = policy_loss(
+        **policy, mask_BT=mask_BT, reference_log_probs_BT=reference_BT, grpo=grpo, normaliser=normaliser
+    )
     expected, clipped, kl_sum = 0.0, 0, 0.0
     for b, length in enumerate(LENGTHS):
         advantage, per_token = policy["advantages_B"][b].item(), []
@@ -166,11 +170,13 @@ def test_policy_loss_equals_the_formula(policy, mask_BT, loss_type, normaliser, 
     assert 0 < clipped < sum(LENGTHS)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
-def test_masked_positions_change_nothing(policy, mask_BT, loss_type):
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "cispo", "sapo"])
+def test_masked_positions_change_nothing(policy, mask_BT, loss_type, level):
     """Neither loss nor log sums nor gradients, whatever stands there; and a row without any token gives no NaN."""
     mask_BT[1] = 0
-    settings = {"loss_type": loss_type, "epsilon": 0.2, "epsilon_high": 0.2, "beta": 0.1, "normaliser": 4.0}
+    settings = {"loss_type": loss_type, "epsilon_high": 2.0 if loss_type == "cispo" else 0.2, "beta": 0.1}
+    grpo = GrpoSection(**settings, importance_sampling_level=level)
     outcomes = []
     for seed in (6, 7):
         noise_BT = random(B, T, seed=seed) * (1 - mask_BT)
@@ -178,7 +184,7 @@ def test_masked_positions_change_nothing(policy, mask_BT, loss_type):
         old_BT, reference_BT = policy["old_log_probs_BT"] - noise_BT, policy["old_log_probs_BT"] - 1 + 2 * noise_BT
         advantages_B = policy["advantages_B"]
         loss, sums = policy_loss(
-            log_probs_BT, old_BT, advantages_B, mask_BT, reference_log_probs_BT=reference_BT, **settings
+            log_probs_BT, old_BT, advantages_B, mask_BT, grpo, 4.0, reference_log_probs_BT=reference_BT
         )
         loss.backward()
         outcomes.append((loss.item(), sums, log_probs_BT.grad))
@@ -213,7 +219,7 @@ def test_scales_of_both_kinds(normalise_by, expected):
 
 
 def test_normaliser_of_nothing_is_not_zero():
-    assert [loss_normaliser(kind, [], 8) for kind in ("grpo", "dr_grpo", "dapo")] == [1, 8, 1]
+    assert [loss_normaliser(kind, [], 8) for kind in ("grpo", "dr_grpo", "dapo", "cispo", "sapo")] == [1, 8, 1, 1, 1]
 
 
 # Ratios of trainer to engine; of the last completion two tokens count. Sequences: 0.5, 6, 2.
@@ -246,8 +252,8 @@ def test_importance_weights(mode, clip_min, clip_max, expected):
 
 def test_importance_weighs_the_policy_term_alone(policy, mask_BT):
     """Weights of 0 leave the KL term; weights of 2 double the rest."""
-    options = {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.2, "normaliser": 10.0}
-    kl = {"beta": 0.5, "reference_log_probs_BT": policy["old_log_probs_BT"] + 0.1}
+    options = {"grpo": GrpoSection(loss_type="dapo", beta=0.5), "normaliser": 10.0}
+    kl = {"reference_log_probs_BT": policy["old_log_probs_BT"] + 0.1}
 
     def loss(weight, **more):
         weights_BT = torch.full((B, T), weight, dtype=torch.float64)
@@ -257,3 +263,95 @@ def test_importance_weighs_the_policy_term_alone(policy, mask_BT):
     assert loss(2.0) == pytest.approx(2 * plain)
     assert loss(0.0) == 0
     assert loss(1.0, **kl) == pytest.approx(plain + loss(0.0, **kl))
+
+
+RATIO_LOSSES = {
+    "gspo": (
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.01, "epsilon_high": 0.05},
+        lambda ratio, log_prob, advantage: min(ratio * advantage, min(max(ratio, 0.99), 1.05) * advantage),
+    ),
+    "cispo": (
+        {"loss_type": "cispo", "epsilon_high": 1.2},
+        lambda ratio, log_prob, advantage: min(ratio, 1.2) * advantage * log_prob,
+    ),
+    "sapo": (
+        {"loss_type": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 3.0},
+        lambda ratio, log_prob, advantage: (
+            (4 / (2 if advantage > 0 else 3)) / (1 + math.exp(-(2 if advantage > 0 else 3) * (ratio - 1))) * advantage
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RATIO_LOSSES)
+def test_ratio_losses_equal_their_formulas(policy, mask_BT, name):
+    settings, of_token = RATIO_LOSSES[name]
+    grpo = GrpoSection(**settings)
+    normaliser = loss_normaliser(grpo.loss_type, LENGTHS, 7)
+    loss, _ = policy_loss(**policy, mask_BT=mask_BT, grpo=grpo, normaliser=normaliser)
+    expected = 0.0
+    for b, length in enumerate(LENGTHS):
+        new, old = (policy[key][b, :length].tolist() for key in ("log_probs_BT", "old_log_probs_BT"))
+        ratios = [math.exp(n - o) for n, o in zip(new, old, strict=True)]
+        if name == "gspo":
+            ratios = [math.prod(ratios) ** (1 / length)] * length
+        terms = [of_token(r, n, policy["advantages_B"][b].item()) for r, n in zip(ratios, new, strict=True)]
+        expected -= sum(terms) / (sum(LENGTHS) if name == "cispo" else length * B)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_weight_that_cispo_cuts_has_no_gradient():
+    """Three tokens with ratios 1, 3 and 3, the last of a bad completion: each keeps the gradient of its own weight."""
+    log_probs_BT = torch.tensor([[1.0], [3.0], [3.0]], dtype=torch.float64).log().requires_grad_()
+    grpo, ones = GrpoSection(loss_type="cispo", epsilon_high=2.0), torch.ones(3, 1)
+    loss, sums = policy_loss(log_probs_BT, torch.zeros(3, 1), torch.tensor([1.0, 1.0, -1.0]), ones, grpo, 1.0)
+    loss.backward()
+    assert log_probs_BT.grad.flatten().tolist() == [-1.0, -2.0, 2.0]
+    assert sums["clipped"] == 2
+
+
+@pytest.mark.parametrize(
+    ("estimator", "times_ratio"), [("k1", True), ("k3", True), ("k2", False)], ids=lambda value: str(value)
+)
+def test_kl_terms_have_the_gradient_of_the_divergence(logits_BTV, estimator, times_ratio):
+    """On average over all tokens that could be drawn, which are the completions here."""
+    grpo = GrpoSection(beta=1.0, kl_estimator=estimator, use_bias_correction_kl=times_ratio)
+    logits_V = logits_BTV[0, 0].clone().requires_grad_()
+    log_p, log_q = torch.log_softmax(logits_V, -1), torch.log_softmax(logits_BTV[0, 1], -1)
+    expected = torch.autograd.grad((log_p.exp() * (log_p - log_q)).sum(), logits_V, retain_graph=True)[0]
+    loss = 0.0
+    for v in range(V):
+        token, reference = log_p[v].view(1, 1), {"reference_log_probs_BT": log_q[v].view(1, 1)}
+        one, _ = policy_loss(token, token.detach(), torch.zeros(1), torch.ones(1, 1), grpo, 1.0, **reference)
+        loss = loss + log_p[v].exp().detach() * one
+    torch.testing.assert_close(torch.autograd.grad(loss, logits_V)[0], expected)
+
+
+def test_k1_and_k2_by_hand():
+    """The policy gives a token 1/2, the reference 1/4."""
+    pair = torch.tensor(0.5).log(), torch.tensor(0.25).log()
+    assert kl_estimate(*pair, "k1").item() == pytest.approx(math.log(2))
+    assert kl_estimate(*pair, "k2").item() == pytest.approx(math.log(2) ** 2 / 2)
+
+
+def test_entropy_has_a_gradient_where_it_is_asked_for(logits_BTV, tokens_BT, mask_BT):
+    """That of the entropy written out; suppressed tokens have none, and no NaN comes of them."""
+    logits_BTV = logits_BTV.float().requires_grad_()
+    terms = token_log_probs(logits_BTV, tokens_BT, 0.8, (0, 1), train_entropy=True)
+    bonus = entropy_bonus(terms.entropy_BT, mask_BT, coefficient=0.5, tokens=sum(LENGTHS))
+    (gradient,) = torch.autograd.grad(bonus, logits_BTV)
+    probabilities = torch.softmax(logits_BTV[..., 2:].double() / 0.8, -1)
+    expected = -(probabilities * probabilities.log()).sum(-1)
+    expected = 0.5 * (expected * mask_BT).sum() / sum(LENGTHS)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits_BTV)[0], atol=1e-6, rtol=1e-4)
+    assert bonus.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert not gradient[..., :2].any()
+    assert not token_log_probs(logits_BTV, tokens_BT, 0.8, (0, 1)).entropy_BT.requires_grad
+
+
+@pytest.mark.parametrize(("top", "chosen"), [(0.2, [5, 9]), (0.5, [2, 3, 4, 5, 9]), (1.0, range(10))])
+def test_high_entropy_tokens(top, chosen):
+    entropies = torch.tensor([0.1, 0.2, 0.7, 0.6, 0.8, 0.9, 0.3, 0.4, 0.5, 1.0])
+    threshold = entropy_threshold(entropies, top)
+    assert (entropies >= threshold).nonzero().flatten().tolist() == list(chosen)
+    assert entropy_threshold(entropies[:0], top) == 0

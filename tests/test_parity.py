@@ -29,7 +29,7 @@ def batch_of(*log_probs, trained=True):
 def test_figures_of_known_gaps():
     """300 tokens in two batches: padding and idle completions do not count."""
     batches = [batch_of([-1.0] * 200, [-1.0] * 99), batch_of([-1.0]), batch_of([-1.0], trained=False)]
-    trainer = {0: torch.full((2, 200), -1.1), 1: torch.tensor([[-0.5]]), 2: torch.tensor([[9.0]])}
+    trainer = [torch.full((2, 200), -1.1), torch.tensor([[-0.5]]), torch.tensor([[9.0]])]
     figures = parity_figures(RUN, trainer, batches)
     assert figures["parity/mean"] == pytest.approx((299 * 0.1 + 0.5) / 300, rel=1e-5)
     assert figures["parity/p99"] == pytest.approx(0.1, rel=1e-5)
@@ -40,9 +40,9 @@ def test_figures_of_known_gaps():
 
 
 def test_no_trained_token_has_no_figures():
-    assert set(parity_figures(RUN, {0: torch.zeros(1, 1)}, [batch_of([0.0], trained=False)]).values()) == {None}
+    assert set(parity_figures(RUN, [torch.zeros(1, 1)], [batch_of([0.0], trained=False)]).values()) == {None}
     without = make_batch([Group(Prompt("", [1, 2]), [[5]])])
-    assert set(parity_figures(RUN, {0: torch.zeros(1, 1)}, [without]).values()) == {None}
+    assert set(parity_figures(RUN, [torch.zeros(1, 1)], [without]).values()) == {None}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from tiny_models import mixture, processor_for_questions
 
 from rollouts import Prompt
 from sail_rl.batch import Group, Segment, make_batch, pack
+from sail_rl.before_update import after_their_prompts
 from sail_rl.data.packing import make_batches, size
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
@@ -20,7 +21,6 @@ from sail_rl.model.frozen_tower import vision_tower
 from sail_rl.model.load import prepare_for_training
 from sail_rl.model.prefix_sharing import Layout, obstacle, segment_attention
 from sail_rl.policy import Policy
-from sail_rl.update import after_their_prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Of each question: ragged, of one token, empty.

@@ -15,6 +15,7 @@ from tiny_models import completion_logits, dense, groups, mixed_batch, mixture, 
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from sail_rl.batch import make_batch
+from sail_rl.before_update import MiniBatch
 from sail_rl.checkpoint import save_model
 from sail_rl.command_line import BadInput
 from sail_rl.config import GrpoSection, RolloutSection, SftSection
@@ -150,7 +151,7 @@ def policy_gradient(model, batches, coefficient):
     """(figures, gradients) of train_grpo.py's update."""
     run = run_of(coefficient, grpo=GrpoSection(), rollout=RolloutSection())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    figures = update_policy(run, Policy(model), None, optimizer, batches, normaliser=9.0, suppressed=())
+    figures = update_policy(run, Policy(model), None, optimizer, [MiniBatch(batches, 9.0)], suppressed=())
     return figures, gradients_of(model)
 
 

@@ -125,7 +125,7 @@ def problems_of(taken: Sequence[Taken], texts: Mapping[int, str]) -> dict[int, s
     return problems
 
 
-def columns_of(taken: Sequence[Taken]) -> dict[str, list[Any]]:
+def columns_of(taken: Sequence[Taken]) -> dict[str, Any]:
     """What the accuracy reward reads of the rows."""
     names = ("answer", "solution", "answer_type", "options", "tolerance")
     return {name: [one.row.get(name) for one in taken] for name in names}

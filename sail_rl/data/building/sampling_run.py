@@ -108,7 +108,7 @@ def judge_attempts(
     """The completions of each row, judged: all of them in one call."""
     count = len(rollouts) // max(len(asked), 1)
     names = ("answer", "answer_type", "options", "tolerance")
-    columns = {n: [q.example.columns.get(n) for _, q in asked for _ in range(count)] for n in names}
+    columns: dict[str, Any] = {n: [q.example.columns.get(n) for _, q in asked for _ in range(count)] for n in names}
     texts = [rollout.text for rollout in rollouts]
     reasons = [rollout.finish_reason for rollout in rollouts]
     verdicts = accuracy_verdicts(texts, finish_reason=reasons, **columns) if texts else []
