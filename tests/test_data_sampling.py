@@ -87,6 +87,7 @@ def test_right_traces_of_its_own_become_rows_for_think_fusion(taught, tmp_path):
     assert records[0]["nll/cot"] < records[0]["nll/direct"]  # its own traces against what it never answered so
 
 
+@pytest.mark.slow
 def test_killed_at_work_the_attempts_are_the_same(taught, tmp_path):
     """The seeds of a row's attempts are its own, so what is done after an end is what would have been done before."""
     rows = [row(SPLIT, str(4 + n % 2), id=str(n)) for n in range(40)]

@@ -1,6 +1,7 @@
 """The arguments of `sail-rl data …`. Nothing here imports torch."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def add_recipe(parser: argparse.ArgumentParser, function: str) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="recipe keys to change")
     add_output(parser)
     parser.add_argument("--samples", type=int, default=4, help="attempts at each question (4)")
-    parser.set_defaults(run_command=lambda arguments: find(function)(checked(arguments)))
+    parser.set_defaults(run_command=lambda arguments: on_recipe(function, arguments))
 
 
 def add_passrate(parser: argparse.ArgumentParser) -> None:
@@ -117,6 +118,13 @@ def on_rows(function: str, arguments: argparse.Namespace) -> None:
         raise BadInput(f"--columns {' '.join(arguments.columns)}: write each as ours=theirs, such as question=problem")
     columns = {ours: theirs for ours, _, theirs in pairs}
     find(function)(open_input(arguments.input, columns, arguments.split), checked(arguments))
+
+
+def on_recipe(function: str, arguments: argparse.Namespace) -> None:
+    """Run a command that starts a model."""
+    # Read when torch is loaded: threads that wait by spinning are ten times slower beside any other program.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    find(function)(checked(arguments))
 
 
 def checked(arguments: argparse.Namespace) -> argparse.Namespace:
