@@ -24,7 +24,7 @@ LENGTHS = "words of reasoning"
 
 def clean_rows(rows: JoinedRows, arguments: argparse.Namespace) -> None:
     """The whole command."""
-    named = ("overlap", "shortest", "longest", "most_per_bucket", "near", "needs_reasoning", "seed")
+    named = ("split", "overlap", "shortest", "longest", "most_per_bucket", "near", "needs_reasoning", "seed")
     settings = {name: getattr(arguments, name) for name in named}
     if not 0 < arguments.overlap <= 1:
         raise BadInput(f"--overlap {arguments.overlap}: give a share above 0, up to 1")

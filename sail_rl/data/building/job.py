@@ -81,6 +81,7 @@ def open_journal(job: Job) -> Journal | None:
     report = Report.read_from(output)
     if report is not None:
         refuse_changes(output, report.settings, job.all_settings)
+        progress_file(output).unlink(missing_ok=True)  # ended when all was written
         print(f"{output} is finished; its report:")
         show_report(report)
         return None
@@ -117,9 +118,11 @@ def do_job(
     missing = job.count - len(journal)
     if missing:
         raise BadInput(f"{missing} of {job.count} rows could not be done; the same command tries them again")
-    write_output(job, finish(journal.records))
+    report = write_output(job, finish(journal.records))
     progress_file(job.output).unlink()
     journal.close()
+    if not report.written:
+        raise BadInput(f"{job.output} has no rows: all {job.count} were dropped; the report says why")
 
 
 def take(job: Job, numbers: Sequence[int]) -> tuple[list[Taken], list[Record]]:
@@ -135,7 +138,7 @@ def take(job: Job, numbers: Sequence[int]) -> tuple[list[Taken], list[Record]]:
     return taken, records
 
 
-def write_output(job: Job, records: Iterator[Record]) -> None:
+def write_output(job: Job, records: Iterator[Record]) -> Report:
     """Output, list of dropped rows and report, each whole; the report comes last and says that all is there."""
     report = Report(job.all_settings)
 
@@ -156,8 +159,7 @@ def write_output(job: Job, records: Iterator[Record]) -> None:
     write_report(report, job.output)
     show_report(report)
     print(f"{job.output}: {report.written} rows", flush=True)
-    if not report.written:
-        raise BadInput(f"{job.output} has no rows: all {job.count} were dropped; the report says why")
+    return report
 
 
 def noting_files(rows: Iterator[Row], used: set[str]) -> Iterator[Row]:
