@@ -82,7 +82,7 @@ def checked_order(stream):
 @pytest.mark.parametrize("checked", [True, False], ids=["checked at start", "met on the way"])
 def test_they_are_set_aside_and_the_rest_keeps_its_order(tmp_path, processor, kind, checked):
     change, reason = BAD[kind]
-    whole = order(open_stream(tmp_path, processor, {}, 0), 4 * ROWS)
+    whole = order(open_stream(tmp_path, processor, {}, 0), 2 * ROWS)
     bad = {f"r{place}" for place in PLACES}
     stream = open_stream(tmp_path, processor, dict.fromkeys(PLACES, change), len(PLACES))
     if checked:

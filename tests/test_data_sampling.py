@@ -13,7 +13,6 @@ from building import asked_text, data, dropped, read, says, write_rows
 from conftest import ROOT, command
 from judge_server import serve
 
-from rewards.accuracy import verify
 from sail_rl.command_line import BadInput
 
 SURE, SPLIT, WRONG = ("What is A plus B?", "What is A times B?", "What is B minus A?")
@@ -130,10 +129,3 @@ def test_mistakes_are_named(tmp_path, name, arguments, message):
     base = (ROOT / "recipes/quickstart.yaml", "model=some/name", f"data.train={write_rows(tmp_path, [row(SURE, '3')])}")
     with pytest.raises(BadInput, match=message):
         data(name, *base, *changes, "--output", tmp_path / "out.jsonl", *options)
-
-
-def test_the_ladder_is_the_rewards(taught):
-    """What `cot` kept has the row's answer by the same comparison."""
-    assert all(
-        verify(answer, one["answer"]) for (_, answer), one in zip(TAUGHT, read(taught / "traces.jsonl"), strict=True)
-    )

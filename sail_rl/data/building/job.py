@@ -129,12 +129,11 @@ def take(job: Job, numbers: Sequence[int]) -> tuple[list[Taken], list[Record]]:
     """Rows at hand, and the records of those that cannot be used."""
     taken, records = [], []
     for number in numbers:
-        identifier = row_id(job.rows, number)
         try:
             row, folder = read_row(job.rows, number)
-            taken.append(Taken(number, identifier, with_files(row, folder, job.output)))
+            taken.append(Taken(number, str(row.get("id", "-")), with_files(row, folder, job.output)))
         except BadRow as error:
-            records.append(Record(number, identifier, [], "malformed row", str(error)))
+            records.append(Record(number, row_id(job.rows, number), [], "malformed row", str(error)))
     return taken, records
 
 
