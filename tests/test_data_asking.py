@@ -91,6 +91,23 @@ def test_a_second_attempt_and_rows_that_need_none(tmp_path):
     assert dropped(output) == {4: "malformed row"}
 
 
+def test_rows_that_cannot_be_asked_about(tmp_path):
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    rows = [*questions(1), *questions(1, images=["none.png"]), *questions(1, images=["torn.png"])]
+    rows.append({"question": "<video>Why?", "answer": "1", "videos": ["a.mp4"]})
+    output, requests, problem = run("cot", tmp_path, rows, lambda body, _: trace(0))
+    assert (problem, len(requests), len(read(output))) == (None, 1, 1)
+    assert dropped(output) == {2: "malformed row", 3: "malformed row", 4: "cannot be asked about"}
+
+
+def test_an_output_without_rows_says_so(tmp_path):
+    output, _, problem = run("cot", tmp_path, questions(2), lambda *_: trace(9))
+    assert "has no rows: all 2 were dropped" in problem
+    assert read(output) == []
+    assert dropped(output) == dict.fromkeys((1, 2), "its own answer is another one")
+    assert not output.with_name("out.jsonl.progress").exists()
+
+
 def test_an_endpoint_that_fails_costs_no_row(tmp_path):
     """What is done is kept, what is not is asked about by the same command, later."""
     state = {"up": True}
@@ -248,6 +265,8 @@ def test_what_a_model_puts_in_other_words(tmp_path, reply, reason):
 def test_wordy_answers_become_short_where_both_say_the_same(tmp_path):
     long = "After a good look at the picture it must be said that there are {} cards in all."
     rows = [{"question": f"Question {n}", "answer": long.format(n), "id": f"q{n}"} for n in range(6)]
+    parts = [{"type": "text", "text": "Two"}, {"type": "text", "text": "parts?"}]
+    rows.append({"prompt": [{"role": "user", "content": parts}], "answer": long.format(1)})
     rows += [
         {"question": "Short?", "answer": "5 cm"},
         {"question": "Boxed?", "solution": "So it is \\boxed{3}, as said."},
@@ -268,6 +287,7 @@ def test_wordy_answers_become_short_where_both_say_the_same(tmp_path):
         4: "the model finds no short answer in it",
         5: "the model's answer is wordy, too",
         6: "the short answer is not the same",
+        7: "cannot be asked about",
     }
     assert len(requests) == 6 + 3
 

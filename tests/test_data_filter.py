@@ -189,7 +189,7 @@ def test_interrupted_anywhere_the_result_is_the_same(tmp_path, monkeypatch):
     with monkeypatch.context() as ending:
         ending.setattr(job_module.Journal, "add", add_and_end)
         for _ in range(3):
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(SystemExit, match="130"):
                 filtered(tmp_path, rows)
     assert len(read(output.with_name("out.jsonl.progress"))) == 1 + 10
     with monkeypatch.context() as ending:

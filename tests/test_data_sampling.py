@@ -13,7 +13,6 @@ from building import asked_text, data, dropped, read, says, write_rows
 from conftest import ROOT, command
 from judge_server import serve
 
-from rewards.accuracy import verify
 from sail_rl.command_line import BadInput
 
 SURE, SPLIT, WRONG = ("What is A plus B?", "What is A times B?", "What is B minus A?")
@@ -87,6 +86,7 @@ def test_right_traces_of_its_own_become_rows_for_think_fusion(taught, tmp_path):
     assert records[0]["nll/cot"] < records[0]["nll/direct"]  # its own traces against what it never answered so
 
 
+@pytest.mark.slow
 def test_killed_at_work_the_attempts_are_the_same(taught, tmp_path):
     """The seeds of a row's attempts are its own, so what is done after an end is what would have been done before."""
     rows = [row(SPLIT, str(4 + n % 2), id=str(n)) for n in range(40)]
@@ -129,10 +129,3 @@ def test_mistakes_are_named(tmp_path, name, arguments, message):
     base = (ROOT / "recipes/quickstart.yaml", "model=some/name", f"data.train={write_rows(tmp_path, [row(SURE, '3')])}")
     with pytest.raises(BadInput, match=message):
         data(name, *base, *changes, "--output", tmp_path / "out.jsonl", *options)
-
-
-def test_the_ladder_is_the_rewards(taught):
-    """What `cot` kept has the row's answer by the same comparison."""
-    assert all(
-        verify(answer, one["answer"]) for (_, answer), one in zip(TAUGHT, read(taught / "traces.jsonl"), strict=True)
-    )

@@ -1,10 +1,15 @@
 """The arguments of `sail-rl data …`. Nothing here imports torch."""
 
 import argparse
-from collections.abc import Callable
+import importlib
+import os
+import sys
 from pathlib import Path
+from typing import Any
 
 from sail_rl.command_line import BadInput
+
+INTERRUPTED = 130  # as shells say it
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +93,7 @@ def add_recipe(parser: argparse.ArgumentParser, function: str) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="recipe keys to change")
     add_output(parser)
     parser.add_argument("--samples", type=int, default=4, help="attempts at each question (4)")
-    parser.set_defaults(run_command=lambda arguments: find(function)(checked(arguments)))
+    parser.set_defaults(run_command=lambda arguments: on_recipe(function, arguments))
 
 
 def add_passrate(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +121,25 @@ def on_rows(function: str, arguments: argparse.Namespace) -> None:
     if not all(ours and theirs for ours, _, theirs in pairs):
         raise BadInput(f"--columns {' '.join(arguments.columns)}: write each as ours=theirs, such as question=problem")
     columns = {ours: theirs for ours, _, theirs in pairs}
-    find(function)(open_input(arguments.input, columns, arguments.split), checked(arguments))
+    rows = open_input(arguments.input, columns, arguments.split)
+    run(function, rows, checked(arguments))
+
+
+def on_recipe(function: str, arguments: argparse.Namespace) -> None:
+    """Run a command that starts a model."""
+    # Read when torch is loaded: threads that wait by spinning are ten times slower beside any other program.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    run(function, checked(arguments))
+
+
+def run(function: str, *arguments: Any) -> None:
+    """Run a command, imported only now, whose work an interruption does not undo."""
+    module, name = function.split(":")
+    try:
+        getattr(importlib.import_module(f"sail_rl.data.building.{module}"), name)(*arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on with what is left", flush=True)
+        sys.exit(INTERRUPTED)
 
 
 def checked(arguments: argparse.Namespace) -> argparse.Namespace:
@@ -125,11 +148,3 @@ def checked(arguments: argparse.Namespace) -> argparse.Namespace:
         if getattr(arguments, name, None) is not None and getattr(arguments, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give 1 or more")
     return arguments
-
-
-def find(function: str) -> Callable[..., None]:
-    """The function of a command, imported when it is run."""
-    import importlib
-
-    module, name = function.split(":")
-    return getattr(importlib.import_module(f"sail_rl.data.building.{module}"), name)

@@ -37,7 +37,7 @@ LEFT_AS_IT_IS = "has reasoning already"
 def write_traces(rows: JoinedRows, arguments: argparse.Namespace) -> None:
     """The whole command."""
     settings = endpoint_settings(arguments)
-    named = ("model", "max_tokens", "temperature", "attempts", "seed")
+    named = ("split", "model", "max_tokens", "temperature", "attempts", "seed")
     job = Job("cot", rows, arguments.output, {n: getattr(arguments, n) for n in named}, arguments.limit)
     journal = open_journal(job)
     if journal is None:

@@ -47,7 +47,7 @@ def shorten(rows: JoinedRows, arguments: argparse.Namespace) -> None:
         "distill-answer",
         rows,
         arguments.output,
-        {name: getattr(arguments, name) for name in ("model", "most_words")},
+        {name: getattr(arguments, name) for name in ("split", "model", "most_words")},
         arguments.limit,
     )
     journal = open_journal(job)
@@ -68,6 +68,7 @@ def work(job: Job, asker: Asker, judge: Judge, most: int, taken: Sequence[Taken]
     requests = {}
     for one in wordy:
         try:
+            question_text(one.row)  # which the judge is shown
             turns = messages_about(one.row, job.output.parent, INSTRUCTION.format(answer=answer_of(one)))
         except BadRow as error:
             records.append(one.dropped("cannot be asked about", str(error)))

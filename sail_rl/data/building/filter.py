@@ -1,10 +1,12 @@
 """`sail-rl data filter`: tags are repaired, and rows dropped that are malformed, say nothing, or repeat another."""
 
 import argparse
+import os
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,7 @@ LENGTHS = "words of reasoning"
 
 def clean_rows(rows: JoinedRows, arguments: argparse.Namespace) -> None:
     """The whole command."""
-    named = ("overlap", "shortest", "longest", "most_per_bucket", "near", "needs_reasoning", "seed")
+    named = ("split", "overlap", "shortest", "longest", "most_per_bucket", "near", "needs_reasoning", "seed")
     settings = {name: getattr(arguments, name) for name in named}
     if not 0 < arguments.overlap <= 1:
         raise BadInput(f"--overlap {arguments.overlap}: give a share above 0, up to 1")
@@ -39,8 +41,9 @@ def clean_rows(rows: JoinedRows, arguments: argparse.Namespace) -> None:
 
 
 def work(folder: Path, arguments: argparse.Namespace, taken: Sequence[Taken]) -> list[Record]:
-    """Records of a chunk, each row by itself."""
-    return [look_at(one, folder, arguments) for one in taken]
+    """Records of a chunk, each row by itself, in threads: most of the time goes into decoding, which may run aside."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(partial(look_at, folder=folder, arguments=arguments), taken))
 
 
 def look_at(one: Taken, folder: Path, arguments: argparse.Namespace) -> Record:

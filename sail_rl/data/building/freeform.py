@@ -19,7 +19,7 @@ from sail_rl.data.building.asking import Asker, as_object, endpoint_settings, me
 from sail_rl.data.building.job import Job, Record, Taken, do_job, open_journal
 from sail_rl.data.building.journal import Row
 from sail_rl.data.building.options import LEANS, Choices, is_sure, read_choices, speaks_of_others
-from sail_rl.data.building.rows import question_text, with_question
+from sail_rl.data.building.rows import question_text, with_question, without_turn
 from sail_rl.data.images import BadRow
 from sail_rl.data.mixture import JoinedRows
 
@@ -47,7 +47,7 @@ def make_free(rows: JoinedRows, arguments: argparse.Namespace) -> None:
     """The whole command."""
     if bool(arguments.base_url) != bool(arguments.model):
         raise BadInput("--base-url and --model: give both, or neither to do what is sure without a model")
-    settings: dict[str, Any] = {"model": arguments.model, "others": arguments.others}
+    settings: dict[str, Any] = {name: getattr(arguments, name) for name in ("split", "model", "others")}
     job = Job("freeform", rows, arguments.output, settings, arguments.limit)
     endpoint = endpoint_settings(arguments) if arguments.model else None
     journal = open_journal(job)
@@ -90,8 +90,8 @@ def by_rule(one: Taken, others: str) -> Record | Open:
 
 def free_row(row: Row, question: str, answer: str) -> Row:
     """The row as a question with a short answer; the choice it came from is kept in one column."""
-    dropped = ("options", "answer_type", "solution", "completion", "reasoning")
-    kept = {name: value for name, value in with_question(row, question).items() if name not in dropped}
+    dropped = ("options", "answer_type", "solution", "reasoning")
+    kept = {name: value for name, value in with_question(without_turn(row), question).items() if name not in dropped}
     was = {"question": question_text(row), "options": row.get("options"), "answer": row.get("answer")}
     return kept | {"answer": answer, "answer_type": gold_type(Gold(answer)), "choice": was}
 

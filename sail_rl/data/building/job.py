@@ -81,6 +81,7 @@ def open_journal(job: Job) -> Journal | None:
     report = Report.read_from(output)
     if report is not None:
         refuse_changes(output, report.settings, job.all_settings)
+        progress_file(output).unlink(missing_ok=True)  # ended when all was written
         print(f"{output} is finished; its report:")
         show_report(report)
         return None
@@ -117,25 +118,26 @@ def do_job(
     missing = job.count - len(journal)
     if missing:
         raise BadInput(f"{missing} of {job.count} rows could not be done; the same command tries them again")
-    write_output(job, finish(journal.records))
+    report = write_output(job, finish(journal.records))
     progress_file(job.output).unlink()
     journal.close()
+    if not report.written:
+        raise BadInput(f"{job.output} has no rows: all {job.count} were dropped; the report says why")
 
 
 def take(job: Job, numbers: Sequence[int]) -> tuple[list[Taken], list[Record]]:
     """Rows at hand, and the records of those that cannot be used."""
     taken, records = [], []
     for number in numbers:
-        identifier = row_id(job.rows, number)
         try:
             row, folder = read_row(job.rows, number)
-            taken.append(Taken(number, identifier, with_files(row, folder, job.output)))
+            taken.append(Taken(number, str(row.get("id", "-")), with_files(row, folder, job.output)))
         except BadRow as error:
-            records.append(Record(number, identifier, [], "malformed row", str(error)))
+            records.append(Record(number, row_id(job.rows, number), [], "malformed row", str(error)))
     return taken, records
 
 
-def write_output(job: Job, records: Iterator[Record]) -> None:
+def write_output(job: Job, records: Iterator[Record]) -> Report:
     """Output, list of dropped rows and report, each whole; the report comes last and says that all is there."""
     report = Report(job.all_settings)
 
@@ -156,8 +158,7 @@ def write_output(job: Job, records: Iterator[Record]) -> None:
     write_report(report, job.output)
     show_report(report)
     print(f"{job.output}: {report.written} rows", flush=True)
-    if not report.written:
-        raise BadInput(f"{job.output} has no rows: all {job.count} were dropped; the report says why")
+    return report
 
 
 def noting_files(rows: Iterator[Row], used: set[str]) -> Iterator[Row]:

@@ -37,7 +37,9 @@ def identity(rows: JoinedRows) -> list[str]:
     """What tells these rows from others, also when a file has been written anew."""
     files = [Path(part.rows.name) for part in rows.parts]
     digests = [f", {file_digest(file)}" if file.is_file() else "" for file in files]
-    return [f"{part.name}, {len(part.rows)} rows{one}" for part, one in zip(rows.parts, digests, strict=True)]
+    columns = [f", {dict(part.columns)}" if part.columns else "" for part in rows.parts]
+    parts = zip(rows.parts, digests, columns, strict=True)
+    return [f"{part.name}, {len(part.rows)} rows{digest}{mapped}" for part, digest, mapped in parts]
 
 
 def file_digest(path: Path) -> str:
@@ -79,11 +81,11 @@ def with_files(row: Mapping[str, Any], folder: Path, output: Path) -> Row:
 
 
 def picture_file(image: Any, folder: Path, output: Path) -> str:
-    """A picture's path; one that has none, or is not there, is written beside the output."""
-    if isinstance(image, str):
-        return moved(image, folder, output)
+    """A picture's path; one that has none is written beside the output."""
     try:
         picture = open_image(image, folder)
+        if isinstance(image, str):
+            return moved(image, folder, output)
         content = image.get("bytes") if isinstance(image, dict) else image
         if isinstance(image, dict) and content is None:
             return moved(str(image["path"]), folder, output)
@@ -92,7 +94,8 @@ def picture_file(image: Any, folder: Path, output: Path) -> str:
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
     except IMAGE_ERRORS as error:
-        raise BadRow(f"image {image_path(image) or 'picture'} cannot be read: {error}") from None
+        name = image if isinstance(image, str) else image_path(image) or "picture"
+        raise BadRow(f"image {name} cannot be read: {error}") from None
     return write_file(buffer.getvalue(), ".png", output)
 
 
@@ -157,10 +160,15 @@ def asked(row: Mapping[str, Any]) -> tuple[str, str]:
     return name, texts[0]
 
 
+def without_turn(row: Mapping[str, Any]) -> Row:
+    """The row without the turn of the assistant's that it may have."""
+    kept = {name: value for name, value in row.items() if name not in ("completion", "messages")}
+    asks = row.get("prompt") or row.get("question")
+    return kept if asks else kept | {"prompt": row["messages"][:-1]}
+
+
 def traced_row(row: Mapping[str, Any], reasoning: str) -> Row:
     """A row for SFT that is to be answered with this reasoning and the right answer, in the place of a turn it had."""
-    kept = {name: value for name, value in row.items() if name not in ("completion", "messages", "solution")}
-    if not (row.get("prompt") or row.get("question")):
-        kept["prompt"] = row["messages"][:-1]
+    kept = {name: value for name, value in without_turn(row).items() if name != "solution"}
     answer = gold_text(row.get("answer")) or gold_text(row.get("solution"))
     return kept | {"answer": answer, "reasoning": reasoning, "kind": "cot"}

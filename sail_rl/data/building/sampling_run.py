@@ -15,6 +15,7 @@ from rollouts import Rollout, RolloutEngine, Sampling
 from sail_rl.command_line import BadInput, load_recipe
 from sail_rl.config import GrpoRecipe
 from sail_rl.data.building.job import Job, Taken
+from sail_rl.data.building.rows import file_digest
 from sail_rl.data.example import make_example
 from sail_rl.data.images import BadRow
 from sail_rl.data.mixture import open_sources
@@ -145,15 +146,16 @@ def sampling_job(command: str, recipe: GrpoRecipe, arguments: argparse.Namespace
     rows = open_sources(recipe.data.train_sources, recipe.data.columns, "train", "data.train")
     rows.weights = None  # each row once, whatever the mixture
     rollout = recipe.rollout.model_dump(mode="json", exclude=set(FREE_KEYS))
-    values = {"weights": weights_of(recipe), "rollout": rollout, "thinking": recipe.data.thinking, "seed": recipe.seed}
-    return Job(command, rows, arguments.output, values | {"samples": arguments.samples} | settings, arguments.limit)
+    data = recipe.data.model_dump(mode="json", include={"train", "thinking", "video_frames", "max_prompt_length"})
+    model = recipe.model.model_dump(mode="json") | {"files": weights_of(recipe)}
+    values = {"model": model, "data": data, "rollout": rollout, "seed": recipe.seed, "samples": arguments.samples}
+    return Job(command, rows, arguments.output, values | settings, arguments.limit)
 
 
 def weights_of(recipe: GrpoRecipe) -> list[str]:
-    """What tells this model from others, also when a checkpoint has been written anew."""
-    section = recipe.model
-    files = sorted(Path(section.path).glob("*.safetensors")) if section.path else []
-    return [section.path or str(section.random_init), *(f"{f.name}, {f.stat().st_mtime_ns / 1e9:.3f}" for f in files)]
+    """What tells this checkpoint from another that was written in its place."""
+    files = sorted(Path(recipe.model.path).glob("*.safetensors")) if recipe.model.path else []
+    return [f"{file.name}, {file_digest(file)}" for file in files]
 
 
 @contextmanager

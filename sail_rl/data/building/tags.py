@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rewards.answers import boxed_answers, split_completion
+from sail_rl.data.building.rows import without_turn
 from sail_rl.data.example import assistant_turn
 from sail_rl.data.images import BadRow
 
@@ -13,7 +14,6 @@ Row = dict[str, Any]
 _THINK = re.compile(r"<(/?)\s*(?:think|thinking|thought|reasoning)\s*>", re.IGNORECASE)
 _ANSWER = re.compile(r"<\s*(answer|conclusion)\s*>(.*?)<\s*/\s*\1\s*>", re.IGNORECASE | re.DOTALL)
 _OTHER = re.compile(r"</?\s*(?:summary|caption)\s*>", re.IGNORECASE)
-_TARGET = ("completion", "messages")
 
 
 def repair(row: Row) -> tuple[Row, str]:
@@ -72,8 +72,5 @@ def with_parts(row: Mapping[str, Any], reasoning: str, answer: str) -> tuple[Row
     """The row with reasoning and answer in the place of the turn."""
     if not answer:
         raise BadRow("nothing follows the reasoning in the assistant's turn")
-    kept = {name: value for name, value in row.items() if name not in _TARGET}
-    if not (row.get("prompt") or row.get("question")):
-        kept["prompt"] = row["messages"][:-1]
-    kept |= {"answer": answer} | ({"reasoning": reasoning} if reasoning else {})
+    kept = without_turn(row) | {"answer": answer} | ({"reasoning": reasoning} if reasoning else {})
     return kept, "turn of the assistant's split into reasoning and answer" if reasoning else "answer taken from its box"
