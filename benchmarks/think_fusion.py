@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
 from benchmarks.common import SHORT_RESULTS, machine, markdown, results_file, save
@@ -117,7 +117,7 @@ def cells(answered: Sequence[dict[str, Any]]) -> dict[str, float]:
     found: dict[str, list[bool]] = {f"{mode}, {kind}": [] for mode, kind in CELLS}
     for one in answered:
         found[f"{modes[one['kind']]}, {kinds[one['needs_thinking']]}"].append(one["correct"])
-    return {name: mean(values) for name, values in found.items()}
+    return {name: fmean(values) for name, values in found.items()}
 
 
 def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -126,7 +126,7 @@ def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for name, shown in NAMES.items():
         mine = [row for row in rows if row["name"] == name]
-        values = {cell: mean(row[cell] for row in mine) for cell in cells_of}
+        values = {cell: fmean(row[cell] for row in mine) for cell in cells_of}
         found.append({"name": name, "stage": shown, "seeds": len(mine)} | values)
     return found
 
@@ -155,7 +155,7 @@ def claims(averages: Sequence[dict[str, Any]], asked: int) -> list[dict[str, Any
 def sisters(after: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The mean of both."""
     pair = [after["longcot"], after["sister"]]
-    return {name: mean(one[name] for one in pair) for name in pair[0] if name not in ("name", "stage")}
+    return {name: fmean(one[name] for one in pair) for name in pair[0] if name not in ("name", "stage")}
 
 
 def difference(mine: float, theirs: float, asked: int) -> dict[str, float]:
@@ -164,14 +164,19 @@ def difference(mine: float, theirs: float, asked: int) -> dict[str, float]:
     return {"points": 100 * (mine - theirs), "noise": 200 * variance**0.5}
 
 
+def percent(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with accuracies in percent."""
+    return [row | {f"{mode}, {kind}": 100 * row[f"{mode}, {kind}"] for mode, kind in CELLS} for row in rows]
+
+
 def report(rows: Sequence[dict[str, Any]], asked: int) -> str:
     """The tables as Markdown."""
     averages = means(rows)
     claimed = {"claim": "difference", "questions": "questions", "points": "points", "noise": "two standard errors"}
-    each = [row | {"stage": NAMES[row["name"]]} for row in rows]
+    each = percent([row | {"stage": NAMES[row["name"]]} for row in rows])
     seeds = averages[0]["seeds"]
-    parts = [f"Accuracy, means of {seeds} seeds, {asked} unseen questions in each mode, half of each kind."]
-    parts += [markdown(averages, COLUMNS), markdown(claims(averages, asked), claimed)]
+    parts = [f"Accuracy in percent, means of {seeds} seeds, {asked} unseen questions in each mode, half of each kind."]
+    parts += [markdown(percent(averages), COLUMNS), markdown(claims(averages, asked), claimed)]
     parts += ["Each seed.", markdown(each, {"seed": "seed"} | COLUMNS)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 

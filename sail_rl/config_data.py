@@ -139,6 +139,11 @@ class HubSource(SourceSection):
     """The dataset's id, such as `hiyouga/geometry3k`."""
     config: str | None = None
     split: str = "train"
+    streaming: bool = False
+    """Read it while it arrives, in endless passes, in the place of a copy on disk first. For training alone, with
+    `trainer.max_steps`. Every process reads the stream and decodes its own share of it; `data.workers` do not help."""
+    shuffle_buffer: Annotated[int, Field(ge=1)] = 1000
+    """Rows of a stream that are shuffled among each other, and of which two such blocks are in memory."""
 
 
 def source_kind(value: Any) -> str:
@@ -232,6 +237,12 @@ class DataSection(Section):
             raise ValueError("`data.train`: give a weight to each of several sources, or to none")
         if any(source.weight is not None for source in self.eval_sources):
             raise ValueError("`data.eval`: each question is asked once, so a source has no weight")
+        return self
+
+    @model_validator(mode="after")
+    def questions_end(self):
+        if any(isinstance(source, HubSource) and source.streaming for source in self.eval_sources):
+            raise ValueError("`data.eval`: a stream has no end here; leave out `streaming`")
         return self
 
     @model_validator(mode="after")

@@ -74,7 +74,7 @@ def counted_in_steps(recipe: CommonRecipe) -> CommonRecipe:
     if not isinstance(recipe, SftRecipe) or recipe.trainer.num_train_epochs is None:
         return recipe
     from sail_rl.data.mixture import open_sources
-    from sail_rl.data.sources import ENDLESS
+    from sail_rl.data.streamed import ENDLESS
 
     rows = len(open_sources(recipe.data.train_sources, recipe.data.columns, "train", "data.train"))
     if rows >= ENDLESS:

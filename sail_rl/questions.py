@@ -68,8 +68,9 @@ def checked_stream(run: Run, part: str, prepare: Callable[[Example, int], Item])
     """A stream over a source of the recipe, its rows checked as far as can be without decoding pictures."""
     data = run.recipe.data
     sources, split = (data.train_sources, "train") if part == "train" else (data.eval_sources, "validation")
+    rows = open_sources(sources, data.columns, split, f"data.{part}")
     stream = RowStream(
-        open_sources(sources, data.columns, split, f"data.{part}"),
+        rows,
         prepare,
         seed=run.recipe.seed,
         shuffle=data.shuffle and part == "train",
@@ -77,7 +78,7 @@ def checked_stream(run: Run, part: str, prepare: Callable[[Example, int], Item])
         quarantine_file=run.folder / "quarantine.jsonl",
         shard=run.shard,
         video_frames=data.video_frames,
-        workers=run.workers,
+        workers=None if rows.streamed else run.workers,  # each of them would read the whole stream
         one_pass=part == "eval",
         compared=compares(run.recipe),
     )

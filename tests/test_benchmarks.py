@@ -11,7 +11,7 @@ from conftest import command
 from tiny_models import completion_logits
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import contestants, memory, scaled_model, scaling, sft_packing, sft_sides, step, update
+from benchmarks import contestants, memory, scaled_model, scaling, sft_packing, sft_sides, step, think_fusion, update
 from benchmarks.common import Timing, markdown, medians
 from benchmarks.flops import costs_of, tower_share, work_of
 from sail_rl.batch import Group, make_batch
@@ -228,3 +228,36 @@ def test_rollouts_of_every_engine(tmp_path):
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(row["rollouts"] * row["completion"] / row["seconds"])
         assert (row["push"] is None) == (row["engine"] == "hf")
+
+
+def test_answers_by_mode_and_question_and_what_they_show():
+    """Two seeds by hand: means, a difference in points and its noise."""
+    answered = [
+        {"kind": mode, "needs_thinking": two_steps, "correct": n < right}
+        for (mode, two_steps), right in {("direct", False): 4, ("direct", True): 1, ("cot", False): 3}.items()
+        for n in range(4)
+    ]
+    cells = think_fusion.cells([*answered, {"kind": "cot", "needs_thinking": True, "correct": True}])
+    expected = {"direct, one look": 1, "direct, two steps": 0.25, "thinking, one look": 0.75, "thinking, two steps": 1}
+    assert cells == expected
+    rows = [{"seed": seed, "name": name} | cells for seed in (0, 1) for name in think_fusion.NAMES]
+    rows[0] = rows[0] | {"direct, two steps": 0.75}  # basic SFT, seed 0
+    averages = think_fusion.means(rows)
+    assert (averages[0]["direct, two steps"], averages[0]["seeds"]) == (0.5, 2)
+    claims = think_fusion.claims(averages, 1000)
+    assert claims[0]["points"] == 50  # LongCoT, thinking, over basic SFT, direct
+    assert claims[0]["noise"] == pytest.approx(200 * (0.25 / 1000) ** 0.5)  # 2 x 500 questions; the other has no spread
+    assert [claim["points"] for claim in claims[2:4]] == [0, 0]
+    assert claims[4]["points"] == -25
+    assert "| soup of the two | 100.00 | 25.00 |" in think_fusion.report(rows, 1000)
+
+
+@pytest.mark.slow
+def test_every_stage_of_think_fusion(monkeypatch, tmp_path):
+    """pytest -m slow tests/test_benchmarks.py -k stage: two steps of each, and nothing is run twice."""
+    monkeypatch.setattr(think_fusion, "SHORT_RESULTS", tmp_path)
+    rows = think_fusion.run_seed(0, short=True)
+    assert [row["name"] for row in rows] == [*think_fusion.STEPS, "soup"]
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.jsonl")}
+    assert think_fusion.run_seed(0, short=True) == rows
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.jsonl")} == written

@@ -5,6 +5,7 @@ import os
 
 import pytest
 from conftest import BIN, SMALL, SMALL_GRPO, command, torchrun
+from PIL import Image
 
 pytestmark = pytest.mark.dist
 ACCELERATE = (str(BIN / "accelerate"), "launch", "--num_processes", "2", "--main_process_port", "0")
@@ -89,6 +90,30 @@ def test_sft_through_accelerate_equals_one_process(start, mixed_rows, tmp_path):
     assert one.returncode == 0, one.stderr
     assert two.returncode == 0, two.stderr
     assert_two_processes(tmp_path / "two")
+    for ours, theirs in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_passes_end_together_whatever_each_process_has(start, tmp_path):
+    """pytest -m slow tests/test_distributed.py -k passes
+
+    Seven rows, one of them bad, in steps of four: passes end within steps, and one process has text alone."""
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "good.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    rows = [{"question": f"What is {n} plus B?", "answer": "3", "reasoning": "A is 1. " * n} for n in range(1, 8)]
+    rows[2]["images"], rows[4]["images"] = ["good.png"] * 3, ["torn.png"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = ["sail_rl/train_sft.py", "recipes/quickstart_sft.yaml", "data.eval=null", "data.reasoning=terse"]
+    common += ["model.random_init=null", f"model.path={start}", f"data.train={tmp_path / 'rows.jsonl'}"]
+    common += ["data.max_bad_rows=1", "sft.samples_per_step=4", "trainer.max_steps=0", "trainer.num_train_epochs=2"]
+    common += ["update.token_budget=80"]
+    one = command(*common, f"output_dir={tmp_path / 'one'}")
+    two = command(*common, f"output_dir={tmp_path / 'two'}", launcher=torchrun(2))
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    assert_two_processes(tmp_path / "two")
+    assert len(losses(tmp_path / "two")) == 4  # 14 rows in all
     for ours, theirs in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from sail_rl.command_line import BadInput
 from sail_rl.config_data import Source
-from sail_rl.data.sources import ENDLESS, Rows, open_rows
+from sail_rl.data.sources import Rows, open_rows
+from sail_rl.data.streamed import ENDLESS, StreamedRows
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class JoinedRows:
 
     def __len__(self) -> int:
         return self.starts[-1]
+
+    @property
+    def streamed(self) -> bool:
+        """Whether some rows come in their order only."""
+        return any(isinstance(part.rows, StreamedRows) for part in self.parts)
 
     @property
     def name(self) -> str:
@@ -96,13 +102,25 @@ class Passes:
         return int(self._order[1][offset])
 
 
+class Blocks:
+    """The rows of a stream, each block of neighbours in another order: all that a window in memory allows."""
+
+    def __init__(self, size: int, seed: tuple[int, ...]):
+        self.size = size
+        self._block = Passes(size, seed, shuffle=True)
+
+    def row_at(self, position: int) -> int:
+        """The row at a position."""
+        return position - position % self.size + self._block.row_at(position)
+
+
 class Draws:
     """Rows of several parts, each drawn from by its weight, and every part in endless passes of its own."""
 
     def __init__(self, rows: JoinedRows, weights: Sequence[float], seed: int, shuffle: bool):
         self.starts = rows.starts
         self.shares = shares_of_rest(weights)
-        self.passes = [Passes(len(p.rows), (seed, number), shuffle) for number, p in enumerate(rows.parts)]
+        self.passes = [order_of(part.rows, (seed, number), shuffle) for number, part in enumerate(rows.parts)]
 
     def row_at(self, position: int) -> int:
         """The row at a position."""
@@ -126,8 +144,19 @@ def draw(position: int, shares: Sequence[Fraction]) -> tuple[int, int]:
     raise AssertionError("the last part takes whatever is left")
 
 
-def make_order(rows: JoinedRows, seed: int, shuffle: bool) -> Passes | Draws:
+def order_of(rows: Rows, seed: tuple[int, ...], shuffle: bool) -> Passes | Blocks:
+    """In which order the rows of one source are read."""
+    if isinstance(rows, StreamedRows):
+        return Blocks(rows.window if shuffle else 1, seed)
+    return Passes(len(rows), seed, shuffle)
+
+
+def make_order(rows: JoinedRows, seed: int, shuffle: bool) -> Passes | Blocks | Draws:
     """In which order rows are read."""
     if rows.weights is None:
-        return Passes(len(rows), (seed,), shuffle)
+        return (
+            order_of(rows.parts[0].rows, (seed,), shuffle)
+            if len(rows.parts) == 1
+            else Passes(len(rows), (seed,), shuffle)
+        )
     return Draws(rows, rows.weights, seed, shuffle)

@@ -1,4 +1,4 @@
-"""Where rows come from: files, the Hub, the picture task. All give random access; none is loaded whole."""
+"""Where rows come from: files, the Hub, the picture task. None is loaded whole; all but streams give random access."""
 
 import json
 from array import array
@@ -10,8 +10,7 @@ from sail_rl.command_line import BadInput
 from sail_rl.config_data import FileSource, HubSource, PictureSource
 from sail_rl.data.example import BadRow
 from sail_rl.data.pictures import picture_row
-
-ENDLESS = 2**31
+from sail_rl.data.streamed import ENDLESS, StreamedRows
 
 
 class Rows(Protocol):
@@ -152,9 +151,11 @@ def open_hub(source: HubSource, key: str) -> Rows:
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(source.path, source.config, split=source.split)
+        dataset = load_dataset(source.path, source.config, split=source.split, streaming=source.streaming)
     except Exception as error:  # network, permission, missing split: all are the user's to mend
         raise BadInput(f"{key}.path = {source.path}: the dataset cannot be loaded: {first_line(error)}") from None
+    if source.streaming:
+        return StreamedRows(source.path, dataset, source.shuffle_buffer)
     return ArrowRows(source.path, Path(), dataset)
 
 
