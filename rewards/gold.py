@@ -32,6 +32,8 @@ def gold_type(row: Row) -> str:
         return "choice"
     if kind == "text":
         return kind
+    if kind != "number" and structure.read_hyphened(gold):
+        return "text"
     if kind == "number" or is_number(gold):
         return "unit" if split_quantity(gold)[1].powers else "number"
     if structure.read_clock(gold):
