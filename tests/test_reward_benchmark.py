@@ -27,7 +27,11 @@ def test_the_whole_command(tmp_path):
     arguments = [sys.executable, "benchmarks/rewards.py", "--short", "--json", str(tmp_path / "rewards.json")]
     result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    rows = {row["side"]: row for row in json.loads((tmp_path / "rewards.json").read_text())["rows"]}
+    written = json.loads((tmp_path / "rewards.json").read_text())
+    assert 0 < written["slowest"]["seconds"] < 5  # 0.4 on a quiet machine
+    assert 0 < written["heartbeat"]["gap"] < 2  # 0.02 on a quiet machine
+    assert (written["heartbeat"]["completions"], written["heartbeat"]["earned"]) == (512, 0)
+    rows = {row["side"]: row for row in written["rows"]}
     assert rows.keys() == {"ours", "trl", "verl"}
     for other in ("trl", "verl"):
         assert rows[other]["ratio"] > 2  # 17 on a quiet machine
