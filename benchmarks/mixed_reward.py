@@ -146,6 +146,7 @@ def scene_of(identity: str) -> Cards:
 
 SUMMARY_COLUMNS = {
     "rewards": "rewards",
+    "seeds": "seeds",
     "accuracy": "accuracy",
     "noise": "two standard errors",
     "length": "tokens",
@@ -162,7 +163,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         accuracy = mean(row["accuracy"] for row in mine)
         noise = 2 * (2 * accuracy * (1 - accuracy) / (QUESTIONS * len(mine))) ** 0.5
         values = {key: mean(row[key] for row in mine) for key in ("length", "sound")}
-        means.append({"rewards": name, "accuracy": accuracy, "noise": noise, **values})
+        means.append({"rewards": name, "seeds": len(mine), "accuracy": accuracy, "noise": noise, **values})
     longer = next(row["length"] for row in means if row["rewards"] == "with judge")
     return [row | {"shorter": 1 - row["length"] / longer} for row in means]
 
