@@ -139,8 +139,8 @@ def _equal(gold: str, answer: str, terms: Terms) -> bool:
     if squash(gold) == squash(answer):
         return True
     same = partial(_equal, terms=terms)
-    if hyphened := structure.read_hyphened(gold):
-        return hyphened == structure.read_hyphened(answer)
+    if numbers := hyphened(gold):
+        return numbers == hyphened(answer)
     if (ratio := structure.read_ratio(gold)) and ratio == structure.read_ratio(answer):
         return True
     if is_number(gold):
@@ -166,7 +166,7 @@ def _equal(gold: str, answer: str, terms: Terms) -> bool:
 def _same_group(gold: str, group: structure.Group, answer: str, same: structure.Same) -> bool:
     """A group against a group; a phrase with a comma or "and" may also be the same words."""
     other = structure.read_group(answer)
-    if group.ordered and other and (values := structure.coordinates(other)):
+    if group.left == "(" and other and (values := structure.coordinates(other)):
         return len(values) == len(group.items) and all(map(same, group.items, values))
     if other is not None:
         return structure.same_group(group, other, same)
@@ -183,6 +183,13 @@ def is_number(gold: str) -> bool:
         r"[=<>,;:&?]|\\(?:pm|cup|begin|in|le|ge|ne)\b", number
     )
     return read_number(number) is not None or (bool(constant) and not symbolic.symbols(number) and number[:1] != "{")
+
+
+def hyphened(text: str) -> tuple[tuple[int, ...], Unit] | None:
+    """Numbers of a range, a score or a date, with their unit; read as a difference they would be another answer."""
+    number, unit = split_quantity(text)
+    numbers = structure.read_hyphened(number)
+    return (numbers, unit) if numbers else None
 
 
 def is_words(gold: str) -> bool:
