@@ -4,8 +4,9 @@
                                                                    finished runs are skipped, so it can be resumed)
 
 For every seed one SFT start that imitates four teachers (terse; wordy; careless, who takes back what it found and yet
-answers with it; hasty, who guesses), and from it GRPO with three rewards: accuracy and format; with thinking quality;
-with conciseness as well. The judge is benchmarks/scene_judge.py, asked over HTTP.
+answers with it; hasty, who guesses), and from it GRPO with four rewards: sums of accuracy and format, with thinking
+quality, with conciseness as well; and SAIL-RL's gated product, 0.9 * accuracy * thinking quality + 0.1 * format. The
+judge is benchmarks/scene_judge.py, asked over HTTP.
 """
 
 import argparse
@@ -28,13 +29,16 @@ from sail_rl.data.pictures import question_row
 
 RUNS = Path("runs/mixed_reward")
 QUESTIONS = 1000
+START = "none: after SFT"
 SFT = ("data.reasoning={terse: 1, wordy: 4, careless: 3, hasty: 2}", "sft.max_completion_length=72")
 SFT_STEPS, STEPS, SHORT_STEPS = 400, 160, 2
 REWARDS = {
     "accuracy, format": {"accuracy": 0.9, "format": 0.1},
     "with judge": {"accuracy": 0.7, "think_quality": 0.2, "format": 0.1},
     "with judge and conciseness": {"accuracy": 0.6, "think_quality": 0.2, "format": 0.1, "conciseness": 0.1},
+    "gated product": {"accuracy": 1.0, "think_quality": 1.0, "format": 1.0},
 }
+MIX = {"gated product": ("reward_mix.mode=product", "reward_mix.factors=[accuracy, think_quality]")}  # else a sum
 COLUMNS = {
     "seed": "seed",
     "rewards": "rewards",
@@ -67,11 +71,12 @@ def run_seed(seed: int, short: bool) -> list[dict[str, Any]]:
     folder = RUNS / f"seed{seed}{'_short' if short else ''}"
     sft_steps, steps = (SHORT_STEPS, SHORT_STEPS) if short else (SFT_STEPS, STEPS)
     launch("sail_rl/train_sft.py", "recipes/quickstart_sft.yaml", folder / "sft", seed, sft_steps, short, *SFT)
-    rows = [row_of(seed, "none: after SFT", folder / "sft")]
+    rows = [row_of(seed, START, folder / "sft")]
     with scene_judge() as url:
         for name, weights in REWARDS.items():
             run = folder / name.replace(", ", "_").replace(" ", "_")
             changed = (f"model={folder / 'sft/final'}", f"judge.base_url={url}", f"rewards={entries(weights)}")
+            changed += MIX.get(name, ())
             launch("sail_rl/train_grpo.py", "recipes/quickstart_mixed.yaml", run, seed, steps, short, *changed)
             rows.append(row_of(seed, name, run))
     return rows
@@ -141,6 +146,7 @@ def scene_of(identity: str) -> Cards:
 
 SUMMARY_COLUMNS = {
     "rewards": "rewards",
+    "seeds": "seeds",
     "accuracy": "accuracy",
     "noise": "two standard errors",
     "length": "tokens",
@@ -152,13 +158,13 @@ SUMMARY_COLUMNS = {
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds. Noise is that of a difference between two accuracies over all questions."""
     means = []
-    for name in REWARDS:
+    for name in (START, *REWARDS):
         mine = [row for row in rows if row["rewards"] == name]
         accuracy = mean(row["accuracy"] for row in mine)
         noise = 2 * (2 * accuracy * (1 - accuracy) / (QUESTIONS * len(mine))) ** 0.5
         values = {key: mean(row[key] for row in mine) for key in ("length", "sound")}
-        means.append({"rewards": name, "accuracy": accuracy, "noise": noise, **values})
-    longer = means[1]["length"]
+        means.append({"rewards": name, "seeds": len(mine), "accuracy": accuracy, "noise": noise, **values})
+    longer = next(row["length"] for row in means if row["rewards"] == "with judge")
     return [row | {"shorter": 1 - row["length"] / longer} for row in means]
 
 

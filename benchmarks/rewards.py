@@ -6,13 +6,19 @@ Everybody judges the same completions in the same order, one side after the othe
 after a round for warming up. Golds are boxed for the others, without which most would be misread. Ours is measured with
 one worker, which waits while the trainer's process compares and the other way round: one core's work, as theirs.
 Accuracy is on the mix, whose labels follow from how it is made, and on the rows of tests/data/answer_pairs.jsonl.
+
+Of ours also the slowest of all labelled rows, hostile ones included, and for how long a thread of the trainer's process
+gets no turn at most while hostile completions are scored (it asks for one every 10 ms).
 """
 
 import argparse
 import json
 import logging
+import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +27,10 @@ from benchmarks.common import Timing, interleave, machine, markdown, medians, pr
 
 QUESTIONS, SHORT_QUESTIONS = 128, 16
 ROUNDS, SHORT_ROUNDS = 5, 1
+HOSTILE, BEAT_SECONDS = 512, 0.01
 PAIRS = Path(__file__).parent.parent / "tests" / "data" / "answer_pairs.jsonl"
+
+GOLDS = ["5", "x^2+1", r"2\sqrt{3}", "B", "yes", "1, 2", "(1,2)", "5 cm"]
 
 Side = Callable[[Sequence[Case]], list[bool]]
 
@@ -37,6 +46,7 @@ def main() -> None:
     questions, rounds = (SHORT_QUESTIONS, SHORT_ROUNDS) if arguments.short else (QUESTIONS, ROUNDS)
     result: dict[str, Any] = {"machine": machine(), "mix": shares(), "completions": questions * GROUP}
     result["rows"] = measure({"ours": ours, "trl": by_trl(), "verl": by_verl()}, questions, rounds)
+    result["slowest"], result["heartbeat"] = slowest_row(), heartbeat_gap()
     save(arguments.json or results_file("rewards", arguments.short), result, table(result))
 
 
@@ -123,6 +133,52 @@ def labelled_rows() -> list[Case]:
     return [Case("pair", row["gold"], row["completion"], row["correct"]) for row in kept]
 
 
+def slowest_row() -> dict[str, Any]:
+    """The labelled row that takes our reward longest, the time in a worker included."""
+    from rewards import algebra_pool
+    from rewards.accuracy import accuracy_verdicts
+
+    rows = [json.loads(line) for line in PAIRS.read_text("utf-8").splitlines()]
+    algebra_pool.use_workers(1)
+    found = accuracy_verdicts([row["completion"] for row in rows], answer=[row["gold"] for row in rows])
+    algebra_pool.close()
+    seconds, place = max((verdict.seconds, place) for place, verdict in enumerate(found))
+    return {"rows": len(rows), "seconds": seconds, "completion": rows[place]["completion"][:80]}
+
+
+def heartbeat_gap() -> dict[str, Any]:
+    """The longest that a thread waits for its turn, and the score of the hostile completions that are scored then."""
+    from rewards import accuracy_reward, algebra_pool
+
+    algebra_pool.use_workers(1)
+    completions = hostile_completions(HOSTILE)
+    beats, stopped = [time.perf_counter()], threading.Event()
+
+    def beat() -> None:
+        while not stopped.wait(BEAT_SECONDS):
+            beats.append(time.perf_counter())
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    scores = accuracy_reward(completions, answer=[GOLDS[n % len(GOLDS)] for n in range(HOSTILE)])
+    beats.append(time.perf_counter())
+    stopped.set()
+    thread.join()
+    algebra_pool.close()
+    gap = max(after - before for before, after in pairwise(beats))
+    return {"completions": HOSTILE, "seconds": beats[-1] - beats[0], "gap": gap, "earned": sum(map(float, scores))}
+
+
+def hostile_completions(count: int) -> list[str]:
+    """Towers, factorials, deep brackets and floods, and hard expressions that algebra is asked about; none is right."""
+    towers = ["9^{9^{9}}", "9" * 5000 + "!", "10^{" + "9" * 1000 + "}", r"\sum_{k=1}^{1000000000} k", "(((5!)!)!)!"]
+    nested = ["(" * 2000 + "5" + ")" * 2000, r"\frac{1}{" * 300 + "2" + "}" * 300, "{" * 500 + "5" + "}" * 500]
+    floods = ["\\[" * 50_000, r"\boxed{" * 15_000, "x" * 100_000, "</think>" * 2000, r"\boxed{1} or " * 8000]
+    hard = [rf"\boxed{{e^{{\pi^{{{n}.5}}}}+\sqrt[{n}]{{7}}}}" for n in range(40)]
+    kinds = [*(rf"\boxed{{{text}}}" for text in towers + nested), *floods, *hard]
+    return [kinds[n % len(kinds)] for n in range(count)]
+
+
 def agreement(verdicts: Sequence[bool], labels: Sequence[bool]) -> float:
     """The share that is as labelled."""
     return sum(verdict == label for verdict, label in zip(verdicts, labels, strict=True)) / len(labels)
@@ -143,8 +199,14 @@ def table(result: dict[str, Any]) -> str:
         "right_on_pairs": "right on the labelled rows",
     }
     mix = ", ".join(f"{name} {share:.0%}" for name, share in result["mix"].items())
-    return f"{result['completions']} completions a round with thoughts of 0.8 to 4 kB: {mix}.\n\n" + markdown(
-        result["rows"], columns
+    slowest, beat = result["slowest"], result["heartbeat"]
+    return (
+        f"{result['completions']} completions a round with thoughts of 0.8 to 4 kB: {mix}.\n\n"
+        + markdown(result["rows"], columns)
+        + f"\nOurs: the slowest of {slowest['rows']} labelled rows takes {slowest['seconds']:.2f} s "
+        f"(`{slowest['completion']}`). While {beat['completions']} hostile completions are scored in "
+        f"{beat['seconds']:.1f} s, a thread of the trainer waits at most {beat['gap']:.3f} s for its turn; they earn "
+        f"{beat['earned']:g}.\n"
     )
 
 

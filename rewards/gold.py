@@ -7,7 +7,7 @@ from functools import partial
 from rewards import structure
 from rewards.algebra_pool import settle
 from rewards.choices import read_choice, read_options, resolve
-from rewards.ladder import Row, allowed, compare, is_choice, is_number, is_words, split_quantity, type_of
+from rewards.ladder import Row, allowed, compare, hyphened, is_choice, is_number, is_words, split_quantity, type_of
 from rewards.notation import MAX_LENGTH, clean, squash, text_key
 from rewards.numbers import read_number
 from rewards.similarity import read_boxes
@@ -32,6 +32,8 @@ def gold_type(row: Row) -> str:
         return "choice"
     if kind == "text":
         return kind
+    if kind != "number" and hyphened(gold):
+        return "text"
     if kind == "number" or is_number(gold):
         return "unit" if split_quantity(gold)[1].powers else "number"
     if structure.read_clock(gold):

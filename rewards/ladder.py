@@ -13,10 +13,11 @@ from functools import partial
 from rewards import structure, symbolic
 from rewards.choices import looks_like_choice, read_choice, read_options, resolve, same_choice
 from rewards.notation import MAX_LENGTH, clean, squash, text_key
+from rewards.number_words import digits_first
 from rewards.numbers import SIGNIFICANT_DIGITS, Number, agree, read_number
 from rewards.similarity import boxes_overlap, read_boxes, text_similarity
 from rewards.symbolic import Algebra
-from rewards.units import Unit, conversion, read_unit, split_unit
+from rewards.units import Unit, conversion, read_parts, read_unit, split_unit
 
 Options = Sequence[str] | Mapping[str, str] | None
 
@@ -138,6 +139,10 @@ def _equal(gold: str, answer: str, terms: Terms) -> bool:
     if squash(gold) == squash(answer):
         return True
     same = partial(_equal, terms=terms)
+    if numbers := hyphened(gold):
+        return numbers == hyphened(answer)
+    if (ratio := structure.read_ratio(gold)) and ratio == structure.read_ratio(answer):
+        return True
     if is_number(gold):
         return _same_number(gold, answer, terms)
     if clock := structure.read_clock(gold):
@@ -149,18 +154,20 @@ def _equal(gold: str, answer: str, terms: Terms) -> bool:
         return merged or structure.same_range(range_, other_range, same)
     if group := structure.read_group(gold):
         return _same_group(gold, group, answer, same)
+    if _SUBSCRIPT.sub(r"\1", squash(gold)) == _SUBSCRIPT.sub(r"\1", squash(answer)):  # CO_2 is CO2
+        return True
     if is_words(gold):
         return text_key(gold) == text_key(answer)
     if "=" in gold or "=" in answer:
         return _same_equation(gold, answer, same, terms)
-    if _SUBSCRIPT.sub(r"\1", squash(gold)) == _SUBSCRIPT.sub(r"\1", squash(answer)):  # H_2O is H2O
-        return True
     return "\\pm" not in answer and terms.algebra.same(gold, answer)
 
 
 def _same_group(gold: str, group: structure.Group, answer: str, same: structure.Same) -> bool:
     """A group against a group; a phrase with a comma or "and" may also be the same words."""
     other = structure.read_group(answer)
+    if group.left == "(" and other and (values := structure.coordinates(other)):
+        return len(values) == len(group.items) and all(map(same, group.items, values))
     if other is not None:
         return structure.same_group(group, other, same)
     alone = group.left == "{" and len(group.items) == 1
@@ -178,12 +185,21 @@ def is_number(gold: str) -> bool:
     return read_number(number) is not None or (bool(constant) and not symbolic.symbols(number) and number[:1] != "{")
 
 
+def hyphened(text: str) -> tuple[tuple[int, ...], Unit] | None:
+    """Numbers of a range, a score or a date, with their unit; read as a difference they would be another answer."""
+    number, unit = split_quantity(text)
+    numbers = structure.read_hyphened(number)
+    return (numbers, unit) if numbers else None
+
+
 def is_words(gold: str) -> bool:
     return bool(_WORD.search(gold)) and not _NOT_WORDS.search(gold)
 
 
 def split_quantity(text: str) -> tuple[str, Unit]:
     """Number and unit of a cleaned text; the whole text where what follows the number is no unit."""
+    if parts := read_parts(text):
+        return parts
     number, suffix = split_unit(text)
     unit = read_unit(suffix) if suffix and number and not _TRIGONOMETRY.search(number) else None
     return (number, unit) if unit else (text, Unit(Fraction(1), ()))
@@ -195,7 +211,7 @@ def _same_number(gold: str, answer: str, terms: Terms) -> bool:
         return True
     if "=" in answer or "=" in gold:
         return _same_equation(gold, answer, partial(_same_number, terms=terms), terms)
-    (gold_number, gold_unit), (answer_number, answer_unit) = split_quantity(gold), split_quantity(answer)
+    (gold_number, gold_unit), (answer_number, answer_unit) = split_quantity(gold), split_quantity(digits_first(answer))
     factor = conversion(gold_unit, answer_unit)
     if factor is None:
         return False
@@ -234,6 +250,8 @@ def _same_equation(gold: str, answer: str, same: structure.Same, terms: Terms) -
     gold_sides, answer_sides = structure.equation_sides(gold), structure.equation_sides(answer)
     if len(gold_sides) > 1 and gold_name is None:
         return len(answer_sides) == 2 and terms.algebra.same(gold, answer)
+    if sorted(map(squash, gold_sides)) == sorted(map(squash, answer_sides)):
+        return True
     if gold_name and answer_name and _differ(gold_name, answer_name):
         return False
     values = answer_sides[1:] if answer_name else answer_sides

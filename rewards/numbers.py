@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import factorial
 
+from rewards.number_words import spelled
+
 MAX_BITS = 13_000  # under 4,300 decimal digits, where Python refuses to print an integer
 MAX_EXPONENT = 400  # of scientific notation
 MAX_DEPTH = 12
@@ -23,30 +25,6 @@ _TOKEN = re.compile(rf"\s*({_LITERAL.pattern}|\\frac|[-+*/^!(){{}}])")
 _DECIMAL_COMMA = re.compile(r"([+-]?)(\d{1,3}(?:\.\d{3})+|\d+),(\d+)")
 _PERCENT = re.compile(r"\s*(?:%|per\s?cent|pct)$", re.IGNORECASE)
 _MIXED = re.compile(r"([+-]?\s*)(\d+)\s*(?:\\frac\{(\d+)\}\{(\d+)\}|(?<=\s)(\d+)\s*/\s*(\d+))")
-_ONES = [
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
-]
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_CHINESE_DIGITS = "零一二三四五六七八九"
-
-
-def _number_words() -> dict[str, str]:
-    """Numbers below a hundred as words, and a few round ones."""
-    words = {word: value for value, word in enumerate(_ONES)}
-    for tens, name in enumerate(_TENS, 2):
-        words[name] = 10 * tens
-        for ones in range(1, 10):
-            words |= dict.fromkeys((f"{name}-{_ONES[ones]}", f"{name} {_ONES[ones]}"), 10 * tens + ones)
-    words |= {"one hundred": 100, "a hundred": 100, "one thousand": 1000, "a thousand": 1000}
-    for tens in range(10):
-        for ones in range(10):
-            left = ("" if tens == 1 else _CHINESE_DIGITS[tens]) + "十" if tens else ""
-            words[(left + _CHINESE_DIGITS[ones]) if ones or not tens else left] = 10 * tens + ones
-    return {word: str(value) for word, value in (words | {"两": 2, "一百": 100, "一千": 1000}).items()}
-
-
-_NAMED = _number_words()
 
 
 @dataclass(frozen=True)
@@ -65,9 +43,10 @@ class Number:
 
 def read_number(text: str) -> Number | None:
     """The number that a cleaned text writes, or None when it is anything else."""
-    text = _NAMED.get(text.casefold(), text).strip()
-    bare = _PERCENT.sub("", text)
+    text = text.strip()
+    bare = _PERCENT.sub("", text).removeprefix("百分之")
     percent = bare != text
+    bare = spelled(bare) or bare
     if literal := _SIGNED.fullmatch(bare):
         value = _literal(literal[1])
     else:

@@ -21,7 +21,13 @@ _UNION = re.compile(r"\\cup(?![A-Za-z])|\bor\b|\\(?:lor|vee)(?![A-Za-z])")
 _EQUALS = re.compile(r"(?<![<>!])=|\\in(?![A-Za-z])")
 _NAME = re.compile(r"(?=[^A-Za-zΑ-ω一-鿿]*[A-Za-zΑ-ω一-鿿])[^\d+*/^<>=\-!?%$][^+*/^<>=\-!?%$]*")
 _NOT_NAMED = re.compile(r"\\(?:frac|sqrt|sin|cos|tan|log|ln|begin|pm|le|ge|ne|infty|pi)(?![A-Za-z])")
-_CLOCK = re.compile(r"(\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+)\s*([ap]\.?\s?m)?\.?", re.IGNORECASE)
+_CLOCK = re.compile(
+    r"(\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+|\d+(?=\s*o'?clock))(?:\s*o'?clock)?\s*([ap]\.?\s?m)?\.?", re.IGNORECASE
+)
+_AFTERNOON = re.compile(r"(?:1[3-9]|2[0-3]):[0-5]\d(?::[0-5]\d)?")
+_RATIO = re.compile(r"(\d+) ?[:/] ?(\d+)|\\frac\{ ?(\d+) ?\}\{ ?(\d+) ?\}")
+_HYPHENED = re.compile(r"\d+ ?(?:-|to) ?\d+|\d+(?:-\d+){2,}|\d{1,4}/\d{1,2}/\d{1,4}")  # a range or score, a date
+_BUILDER = re.compile(r"\\?\{\s*[A-Za-z]\s*(?:\\in\s*\(-\\infty,\\infty\)\s*)?(?:\\mid|\\vert|[|:∣])\s*(.*?)\s*\\?\}")
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,12 @@ def same_group(gold: Group, answer: Group, same: Same) -> bool:
     return _match_any_order(list(gold.items), list(answer.items), same)
 
 
+def coordinates(group: Group) -> list[str] | None:
+    """The values of `x=3, y=-2`; None for any other list."""
+    names = [equation_name(item) for item in group.items]
+    return [equation_sides(item)[-1] for item in group.items] if names == ["x", "y", "z"][: len(names)] else None
+
+
 def _match_any_order(gold: list[str], answer: list[str], same: Same) -> bool:
     for item in gold:
         found = next((index for index, other in enumerate(answer) if same(item, other)), None)
@@ -131,7 +143,8 @@ def same_matrix(gold: list[list[str]], answer: list[list[str]], same: Same) -> b
 
 def read_range(text: str) -> tuple[str, tuple[Group, ...]] | None:
     """Intervals of one variable, from inequalities or brackets: its name, or "", and the union's parts."""
-    ranges = [_one_range(part.strip()) for part in _UNION.split(text)]
+    built = _BUILDER.fullmatch(text)
+    ranges = [_one_range(part.strip()) for part in _UNION.split(built[1] if built else text)]
     found = [one for one in ranges if one]
     names = {name for name, _ in found if name}
     if len(found) < len(ranges) or len(names) > 1:
@@ -207,5 +220,18 @@ def read_clock(text: str) -> tuple[tuple[str, ...], str] | None:
     match = _CLOCK.fullmatch(text)
     if match is None:
         return None
-    fields = [field.strip() for field in match[1].split(":")]
-    return tuple(field.lstrip("0") or "0" for field in fields), (match[2] or "").lower()[:1]
+    fields = [field.strip().lstrip("0") or "0" for field in match[1].split(":")]
+    if _AFTERNOON.fullmatch(match[1]):
+        return (str(int(fields[0]) - 12), *fields[1:]), "p"
+    return (*fields, "0")[: max(2, len(fields))], (match[2] or "").lower()[:1]
+
+
+def read_ratio(text: str) -> tuple[int, int] | None:
+    """`2:3`, `2/3`, as its two numbers."""
+    match = _RATIO.fullmatch(text)
+    return (int(match[1] or match[3]), int(match[2] or match[4])) if match and len(text) < 40 else None
+
+
+def read_hyphened(text: str) -> tuple[int, ...] | None:
+    """A range, a score or a date, which are no differences: 10-15, 2019-03-14, 12/25/2020."""
+    return tuple(map(int, re.findall(r"\d+", text))) if len(text) < 40 and _HYPHENED.fullmatch(text) else None

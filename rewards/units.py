@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 # unit of reference -> spelling -> how many of the reference it is
 _TABLE: dict[str, dict[str, str]] = {
@@ -83,6 +84,7 @@ _SAME_SIGN = ({"¥", "yen"}, {"¥", "yuan"})
 _CURRENCY = re.compile(r"^(-?)\s*(US\$|[$€£¥₹₩]|USD|EUR|GBP|CNY|RMB|JPY|INR)\s*(?=[-.\d])", re.IGNORECASE)
 _SUFFIX = re.compile(r"\\[A-Za-z]+|\d[eE][+-]?\d+|([A-Za-zμΩ°$€£¥₹₩¢一-鿿].*)")
 _CHINESE_SCALE = re.compile(r"^(百万|千万|[千万亿])(?=[^\s千万亿])(?!米|克|瓦)")
+_PART = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z一-鿿]+\.?|°|''?|\")[, ]{0,2}(?:and )?")
 _FACTOR = re.compile(r"([A-Za-zμΩ°$€£¥₹₩¢一-鿿]+)(?:\^?\{?(-?\d)\}?)?")
 _SHORT_SPEEDS = {"kmph": "km/h", "kph": "km/h", "mph": "mi/h", "mps": "m/s"}
 _POWER_WORDS = {"square": 2, "sq": 2, "sq.": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3, "平方": 2, "立方": 3}
@@ -126,6 +128,25 @@ def split_unit(text: str) -> tuple[str, str]:
 def _may_touch(unit: str) -> bool:
     """Whether a unit may follow its number without a space: not an unknown word (2ab), nor a letter used in algebra."""
     return unit not in _NEEDS_SPACE and (not unit[0].isascii() or _compound(unit) is not None or unit in _SCALES)
+
+
+def read_parts(text: str) -> tuple[str, Unit] | None:
+    """A quantity in falling units, in the last of them: `2 h 30 min`, `6 feet 2 inches`, `35° 30'`."""
+    parts = [(Fraction(number), _arc(mark) or _known(mark.rstrip("."))) for number, mark in _PART.findall(text)]
+    units = [unit for _, unit in parts if unit]
+    if len(parts) < 2 or len(units) < len(parts) or _PART.sub("", text).strip():
+        return None
+    falling = all(larger.factor > smaller.factor for larger, smaller in pairwise(units))
+    if not falling or len({unit.powers for unit in units}) > 1:
+        return None
+    total = sum(number * unit.factor for number, unit in parts if unit) / units[-1].factor
+    return str(total), units[-1]
+
+
+def _arc(mark: str) -> Unit | None:
+    """Minutes and seconds of an angle."""
+    sizes = {"'": 60, '"': 3600, "''": 3600}
+    return Unit(Fraction(1, sizes[mark]), (("degree", 1),)) if mark in sizes else None
 
 
 def read_unit(text: str) -> Unit | None:
@@ -199,7 +220,9 @@ def _known(word: str) -> Unit | None:
 
 def _counted(words: list[str]) -> Unit | None:
     """ "red apples": one to three plain words, named by the last one in the singular."""
-    plain = all(word.isalpha() and (len(word) > 1 or not word.isascii()) for word in words)
+    if words[0] == "of":  # "of the cake"
+        words = [word for word in words[1:] if word not in ("the", "a", "an")]
+    plain = bool(words) and all(word.isalpha() and (len(word) > 1 or not word.isascii()) for word in words)
     if not plain or len(words) > 3 or _NOT_COUNTED & {word.casefold() for word in words}:
         return None
     return Unit(Fraction(1), ((words[-1].casefold().removesuffix("s"), 1),))

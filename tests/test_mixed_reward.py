@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import SMALL_GRPO, command
+from conftest import SMALL_GRPO, command, torchrun
 from judge_server import serve, verdict
 
 from benchmarks import mixed_reward, scene_judge
@@ -159,3 +159,44 @@ def test_a_judge_that_canaries_fool_stops_the_run_before_it_starts(start, tmp_pa
     assert result.returncode == 2
     assert "lets texts without any reasoning pass" in result.stderr
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+ASKING_BY_TEXT = """
+from rewards.judge_prompt import JudgeQuestion
+
+
+def asked(completions, judge, **columns):
+    verdicts = judge.ask([JudgeQuestion("is_fine", "Is it fine?", "", {"Text": text}) for text in completions])
+    return [None if verdict.value is None else float(verdict.value) for verdict in verdicts]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_processes_ask_one_judge_as_one_process_does(start, tmp_path):
+    """The same verdicts, failures and losses; both write to one file of verdicts."""
+    (tmp_path / "mine.py").write_text(ASKING_BY_TEXT)
+    rewards = f"rewards=[{{function: accuracy}}, {{function: '{tmp_path / 'mine.py'}:asked', weight: 0.5}}]"
+
+    def script(body, number):
+        if "is_fine" not in str(body["response_format"]):
+            return verdict(False)  # a canary
+        characters = sum(map(ord, body["messages"][1]["content"][-1]["text"]))
+        return (503, "{}") if characters % 5 == 0 else verdict(characters % 2 == 0)
+
+    common = (*SMALL_GRPO, f"model={start}", "judge.tries=1", "trainer.max_steps=2", rewards)
+    figures, asked = {}, {}
+    for count, launcher in ((1, {}), (2, {"launcher": torchrun(2)})):
+        run = tmp_path / str(count)
+        with serve(script) as server:
+            settings = (f"output_dir={run}", f"judge.base_url={server.url}")
+            result = command("sail_rl/train_grpo.py", RECIPE, *common, *settings, **launcher)
+            asked[count] = len(server.requests)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert json.loads((run / "environment.json").read_text())["processes"] == count
+        names = ("rewards/asked/mean", "rewards/asked/failed", "reward", "loss", "grad_norm")
+        figures[count] = [[record[name] for name in names] for record in metrics_of(run)]
+    assert figures[2] == [pytest.approx(step, rel=1e-5, abs=1e-6) for step in figures[1]]
+    assert len(figures[2]) == 2
+    assert sum(step[1] for step in figures[1]) > 0
+    assert asked[2] >= asked[1] + CANARIES  # each process finds out for itself whether its judge can be trusted

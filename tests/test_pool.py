@@ -195,6 +195,27 @@ def pair_verdicts():
     return [one.outcome for one in found]
 
 
+def adversarial_rows():
+    """Golds with the contents of boxes that are right and wrong, or with whole completions."""
+    lines = map(json.loads, (PAIRS.parent / "adversarial_answers.jsonl").read_text("utf-8").splitlines())
+    for line in lines:
+        row = {key: line.get(key) for key in ("gold", "options", "answer_type", "tolerance")}
+        if "completion" in line:
+            yield row | {"completion": line["completion"], "correct": line["correct"]}
+        for side in ("right", "wrong"):
+            for box in line.get(side, ()):
+                yield row | {"completion": f"\\boxed{{{box}}}", "correct": side == "right"}
+
+
+def adversarial_verdicts(rows):
+    columns = {key: [row[key] for row in rows] for key in ("options", "answer_type", "tolerance")}
+    found = accuracy_verdicts([row["completion"] for row in rows], [row["gold"] for row in rows], **columns)
+    pairs = zip(rows, found, strict=True)
+    assert [(row["gold"], row["completion"][:80]) for row, one in pairs if one.value != float(row["correct"])] == []
+    assert max(one.seconds for one in found) < 2.5
+    return [one.outcome for one in found]
+
+
 def test_the_same_verdicts_everywhere():
     async def coroutine():
         return pair_verdicts()
@@ -207,13 +228,15 @@ def test_the_same_verdicts_everywhere():
             return executor.submit(pair_verdicts).result()
 
     callers = [pair_verdicts, thread, lambda: asyncio.run(coroutine()), lambda: asyncio.run(thread_of_a_coroutine())]
-    found = []
+    found, adversarial, rows = [], [], list(adversarial_rows())
     for workers in (1, 8):
         algebra_pool.use_workers(workers)
         for caller in callers:
             algebra_pool._REPLIES.clear()  # else only the first would ask
             found.append(caller())
+        adversarial.append(adversarial_verdicts(rows))
     assert found == found[:1] * 8
+    assert adversarial[0] == adversarial[1]
     algebra_pool.close()
 
 
