@@ -62,6 +62,8 @@ bench: install
 	$(BIN)/python benchmarks/attention.py --short
 	$(BIN)/python benchmarks/kernels.py --short
 	$(BIN)/python benchmarks/rewards.py --short
+	$(BIN)/python benchmarks/losses.py --short
+	$(BIN)/python benchmarks/curriculum.py --short
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache
