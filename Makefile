@@ -63,6 +63,8 @@ bench: install
 	$(BIN)/python benchmarks/kernels.py --short
 	$(BIN)/python benchmarks/rewards.py --short
 	$(BIN)/python benchmarks/sft_packing.py --short
+	$(BIN)/python benchmarks/losses.py --short
+	$(BIN)/python benchmarks/curriculum.py --short
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

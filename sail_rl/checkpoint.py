@@ -35,6 +35,8 @@ class Progress:
     """Completions that each reward failed on."""
     judge_failing: int = 0
     """Steps in a row in which too many of the judge's verdicts were missing."""
+    pass_rates: dict[int, float] = field(default_factory=dict)
+    """By row of data.train, where a curriculum measures them."""
     written_ahead: list[dict[str, Any]] = field(default_factory=list)
     """Completions of the next step, of all processes, where they are written ahead of it."""
 

@@ -5,13 +5,13 @@ Nothing here imports torch, so that `--help`, `--dry-run` and mistakes are answe
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rewards.call import RewardError
 from rewards.mix import Mixing, check_mix
 from sail_rl.config_data import DataSection, ModelSection, Section
 from sail_rl.config_grpo import GrpoSection
-from sail_rl.config_rewards import JudgeSection, RewardMixSection
+from sail_rl.config_rewards import JudgeSection, RewardEntry, RewardMixSection
 
 
 class VLLMSection(Section):
@@ -94,30 +94,6 @@ class RolloutSection(Section):
         if self.overlap and self.engine != "vllm_server":
             raise ValueError(f"`overlap` = 1 needs `engine` = vllm_server: {self.engine} cannot write during an update")
         return self
-
-
-class RewardEntry(BaseModel):
-    """One reward: a built-in name or `path/file.py:name`. Keys beyond these are passed to the function."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
-
-    function: Annotated[str, Field(min_length=1)]
-    weight: float = 1.0
-    timeout: Annotated[float, Field(gt=0)] | None = None
-    """Seconds of CPU time for one call of a function of your own, 60 when left out; twice as many by the clock."""
-    in_process: bool = False
-    """Call a function of your own in the trainer's process, where nothing can stop it, once a step for all completions.
-    Others are called in a process of their own, for groups as they come."""
-
-    @property
-    def name(self) -> str:
-        """Under which the reward is logged."""
-        return self.function.rsplit(":", 1)[-1]
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The entry's own keys."""
-        return dict(self.model_extra or {})
 
 
 class KindWeights(Section):
@@ -253,6 +229,18 @@ class GrpoRecipe(CommonRecipe):
         return self
 
     @model_validator(mode="after")
+    def curriculum_can_measure(self):
+        curriculum = self.data.curriculum
+        if curriculum and self.rollout.overlap:
+            raise ValueError(
+                "data.curriculum chooses prompts by what the last step has measured, and rollout.overlap = 1 asks them "
+                "before: leave one of them out"
+            )
+        if curriculum and curriculum.reward not in [entry.name for entry in self.rewards]:
+            raise ValueError(f"data.curriculum.reward = {curriculum.reward!r} is not in rewards; list it there")
+        return self
+
+    @model_validator(mode="after")
     def mini_batches_have_prompts(self):
         if self.grpo.mini_batches > self.rollout.prompts_per_step:
             raise ValueError(
@@ -298,3 +286,9 @@ class SftRecipe(CommonRecipe):
 
     trainer: SftTrainerSection
     sft: SftSection = SftSection()
+
+    @model_validator(mode="after")
+    def no_curriculum(self):
+        if self.data.curriculum:
+            raise ValueError("data.curriculum measures completions, of which SFT has none: leave it out")
+        return self

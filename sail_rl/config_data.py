@@ -181,6 +181,15 @@ def expand_source(value: Any) -> Any:
     return {"source": "file" if value.endswith((".jsonl", ".json", ".parquet")) else "hub", "path": value}
 
 
+class CurriculumSection(Section):
+    """GRPO: ask the prompts that are neither too easy nor too hard for the model as it is."""
+
+    reward: Annotated[str, Field(min_length=1)] = "accuracy"
+    """The reward, between 0 and 1, whose mean over a prompt's completions is its pass rate."""
+    least_share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """How often a prompt is still asked in its turn when all of its completions, or none, have passed."""
+
+
 class DataSection(Section):
     """Where questions come from and how they are put to the model."""
 
@@ -204,6 +213,10 @@ class DataSection(Section):
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
     """Rows that cannot be used are set aside, with id and reason, up to this many; then the run stops. Rows whose right
     answer the `accuracy` reward cannot compare with do not count here: up to 5 % of a source's are left out."""
+    curriculum: CurriculumSection | None = None
+    """Pass over prompts whose completions would all be right or all be wrong, as far as their pass rates tell. These
+    are measured in the run and kept in its checkpoints; in the first pass over the data every prompt is asked. `{}` for
+    the defaults; none when left out."""
     shuffle: bool = True
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes beside each that trains, which decode and cut the pictures of the next step while this one runs: one

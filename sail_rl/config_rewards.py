@@ -1,13 +1,37 @@
-"""The recipe's sections `reward_mix` and `judge`: how rewards become one number, and whom some of them ask.
+"""The recipe's sections `rewards`, `reward_mix` and `judge`: what is rewarded, how it becomes one number, whom to ask.
 
 Nothing here imports torch, as in config.py.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from sail_rl.config_data import Section
+
+
+class RewardEntry(BaseModel):
+    """One reward: a built-in name or `path/file.py:name`. Keys beyond these are passed to the function."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    function: Annotated[str, Field(min_length=1)]
+    weight: float = 1.0
+    timeout: Annotated[float, Field(gt=0)] | None = None
+    """Seconds of CPU time for one call of a function of your own, 60 when left out; twice as many by the clock."""
+    in_process: bool = False
+    """Call a function of your own in the trainer's process, where nothing can stop it, once a step for all completions.
+    Others are called in a process of their own, for groups as they come."""
+
+    @property
+    def name(self) -> str:
+        """Under which the reward is logged."""
+        return self.function.rsplit(":", 1)[-1]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The entry's own keys."""
+        return dict(self.model_extra or {})
 
 
 class RewardMixSection(Section):

@@ -232,8 +232,10 @@ def balance_loss(
     probability_E = torch.stack([(p_NE * weights_N1).sum(0) for p_NE in probabilities_LNE]).mean(0) / normaliser
     experts = fractions_LE.shape[1]
     loss = experts * (fractions_LE.mean(0) * probability_E).sum()
-    share = float(fractions_LE.max()) / experts_per_token
-    return loss, {"balance": float(loss.detach()), "largest_share": share * float(weights_N1.sum()) / normaliser}
+    # Means over layers, which count as much as the micro-batch is of the step.
+    share_LE, part = fractions_LE / experts_per_token, float(weights_N1.sum()) / normaliser
+    used = {"largest_share": share_LE.max(), "expert_entropy": torch.special.entr(share_LE).sum(1).mean()}
+    return loss, {"balance": float(loss.detach())} | {name: float(value) * part for name, value in used.items()}
 
 
 def chosen_experts(probabilities_NE: torch.Tensor, experts_per_token: int, weights_N1: torch.Tensor) -> torch.Tensor:

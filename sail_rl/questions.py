@@ -12,6 +12,7 @@ from PIL import Image
 from rollouts import Prompt, Rollout
 from sail_rl.config import CommonRecipe, GrpoRecipe, SftRecipe
 from sail_rl.config_data import DataSection
+from sail_rl.data.curriculum import Curriculum
 from sail_rl.data.example import Example
 from sail_rl.data.images import BadRow
 from sail_rl.data.mixture import open_sources
@@ -51,6 +52,25 @@ def make_question(example: Example, position: int, processor, data: DataSection)
     if data.thinking == "by_kind":  # the format reward reads this column
         example = replace(example, columns=dict(example.columns) | {"thinking": form})
     return Question(example, make_prompt(example, processor, form, data.max_prompt_length, position))
+
+
+def give_curriculum(run: Run[GrpoRecipe], stream: RowStream[Question], pass_rates: dict[int, float]) -> None:
+    """Let the recipe's curriculum choose from the stream, with the pass rates of an earlier part of the run."""
+    section = run.recipe.data.curriculum
+    if section is not None:
+        stream.curriculum = Curriculum(run.recipe.rollout.num_generations, section.least_share, run.recipe.seed)
+        stream.curriculum.rates.update(pass_rates)
+
+
+def note_passes(
+    run: Run[GrpoRecipe], stream: RowStream[Question], questions: Sequence[Question], passes: Sequence[float | None]
+) -> dict[int, float]:
+    """The pass rates after a step with these questions of this process, and these rewards of all processes."""
+    if stream.curriculum is None:
+        return {}
+    positions = run.shard.gather([question.prompt.seed for question in questions])
+    stream.curriculum.note([stream.order.row_at(position) for position in positions], passes)
+    return dict(stream.curriculum.rates)
 
 
 def sample_stream(run: Run, processor) -> RowStream[Sample]:

@@ -28,9 +28,10 @@ def balance_term(
 
 
 def routing_figures(model, sums: dict[str, float], updates: int) -> dict[str, float]:
-    """How evenly a mixture uses its experts: the loss is at best the number of experts per token, and the largest share
-    that an expert has of its layer's work at best one by their number."""
+    """How evenly a mixture uses its experts: the loss is at best the number of experts per token, the largest share
+    that an expert has of its layer's work at best one by their number, and the entropy of these shares, in nats and a
+    mean over layers, the logarithm of their number."""
     if not find_routers(model):
         return {}
-    names = {"router/balance_loss": "balance", "router/largest_share": "largest_share"}
-    return {name: sums[key] / updates for name, key in names.items()}
+    names = {"balance_loss": "balance", "largest_share": "largest_share", "expert_entropy": "expert_entropy"}
+    return {f"router/{name}": sums[key] / updates for name, key in names.items()}

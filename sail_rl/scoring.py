@@ -191,6 +191,11 @@ def missing_share(name: str, outcomes: Sequence[Outcome]) -> float:
     return failed / max(1, failed + sum(outcome.parts[name] is not None for outcome in outcomes))
 
 
+def values_of(reward: str | None, outcomes: Sequence[Outcome]) -> list[float | None]:
+    """One reward of every completion; none where the recipe has no such reward."""
+    return [outcome.parts[reward] for outcome in outcomes] if reward else []
+
+
 def reward_figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Rewards and completions of a step, for the log."""
     rewards = [outcome.reward for outcome in outcomes]

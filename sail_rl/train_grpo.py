@@ -32,13 +32,14 @@ def train(recipe: GrpoRecipe) -> None:
     from sail_rl.parity import check_parity
     from sail_rl.policy import Policy
     from sail_rl.profiling import Profile, written_groups
-    from sail_rl.questions import question_stream
+    from sail_rl.questions import give_curriculum, note_passes, question_stream
     from sail_rl.sampling import tell_filters, training_sampling
     from sail_rl.sharding import prepare
     from sail_rl.transcripts import save_transcript
     from sail_rl.update import make_groups, prompts_apart, update_policy
 
     rollout, grpo, trainer = recipe.rollout, recipe.grpo, recipe.trainer
+    passing = recipe.data.curriculum.reward if recipe.data.curriculum else None
     keep_all, masked = grpo.trains_without_signal, grpo.mask_truncated_completions
 
     # The run, its rewards, model and data.
@@ -64,6 +65,7 @@ def train(recipe: GrpoRecipe) -> None:
     reference = starting_policy(recipe.model, recipe.seed, model, attention) if grpo.beta else None
     progress = checkpoint.load_progress(run, resumed, optimizer)
     stream.position = progress.data_position
+    give_curriculum(run, stream, progress.pass_rates)
     engine = make_engine(run, whole, processor, suppressed)
     engine.load_weights(checkpoint.full_parameters(policy), version=progress.step)
     check_parity(run, whole, engine, stream, suppressed)
@@ -98,9 +100,11 @@ def train(recipe: GrpoRecipe) -> None:
                     learning_rate = set_learning_rate(optimizer, recipe.optim, step, trainer.max_steps)
                     figures = update_policy(run, model, reference, optimizer, make_mini_batches(*cut), suppressed)
 
+                turns = batch.data_position - progress.data_position
                 progress = progress.after(
                     step=step,
                     data_position=batch.data_position,
+                    pass_rates=note_passes(run, stream, questions, scoring.values_of(passing, outcomes)),
                     **failures,
                 )
                 with watch.phase("rollout"):
@@ -113,6 +117,7 @@ def train(recipe: GrpoRecipe) -> None:
                 figures |= scoring.reward_figures(outcomes)
                 figures |= scoring.group_figures(advantages, outcomes, seconds, keep_all) | {"groups/refills": refills}
                 figures |= {"scoring/seconds": batch.scoring.seconds}
+                figures["data/passed_over"] = turns - len(advantages.has_signal_P)
                 figures |= accuracy_now(run, step, engine, eval_stream)
                 log.write(step, figures | utilisation | {"learning_rate": learning_rate})
                 if step in (1, trainer.max_steps) or step % trainer.transcript_every == 0:

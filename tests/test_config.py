@@ -124,6 +124,12 @@ def test_all_mistakes_are_named_at_once(load):
             "normalize_then_sum adds rewards up, reward_mix.mode: product multiplies them",
         ),
         ("grpo: {mini_batches: 17}", "grpo.mini_batches = 17 is more than rollout.prompts_per_step = 16"),
+        ("data: {train: a.jsonl, curriculum: {reward: mine}}", "data.curriculum.reward = 'mine' is not in rewards"),
+        ("data: {train: a.jsonl, curriculum: {least_share: 0}}", "least_share = 0: input should be greater than 0"),
+        (
+            "data: {train: a.jsonl, curriculum: {}}\nrollout: {engine: vllm_server, overlap: 1}",
+            "data.curriculum chooses prompts by what the last step has measured",
+        ),
         ("grpo: {loss_type: cispo}", "`loss_type: cispo` cuts ratios at `epsilon_high` itself: give one of at least 1"),
         ("grpo: {loss_type: cispo, epsilon_high: 0.28}", "give one of at least 1, such as 5.0"),
         ("grpo: {kl_estimator: k1, beta: 0.1}", "set `use_bias_correction_kl: true`, or take k2"),

@@ -24,14 +24,25 @@ def assert_two_processes(run) -> None:
     assert environment["threads_per_process"] == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-@pytest.mark.parametrize(("model", "budget"), [("start", 60), ("{random_init: tiny_qwen3_vl}", 300)])
-def test_grpo_on_text_and_pictures_equals_one_process(model, budget, start, mixed_rows, tmp_path):
-    """With the smaller budget a group is too large for a row, and its prompt is computed apart."""
+WHOLE_STEP = ("grpo.mini_batches=2", "grpo.top_entropy_quantile=0.4", "grpo.entropy_coef=0.01")
+
+
+@pytest.mark.parametrize(
+    ("model", "budget", "changes"), [("start", 60, WHOLE_STEP), ("{random_init: tiny_qwen3_vl}", 300, ())]
+)
+def test_grpo_on_text_and_pictures_equals_one_process(model, budget, changes, start, mixed_rows, tmp_path):
+    """With the smaller budget a group is too large for a row, and its prompt is computed apart. What is counted over
+    the whole step, and which groups an optimizer step trains, is the same on two processes."""
     model = str(start) if model == "start" else model
     rewards = f"rewards=[{{function: '{mixed_rows / 'mine.py'}:spread'}}]"
     common = ["sail_rl/train_grpo.py", "recipes/quickstart.yaml", *SMALL_GRPO, f"model={model}", rewards]
     # In the order of the file, the second process has rows of text alone in every step.
-    common += [f"data.train={mixed_rows / 'rows.jsonl'}", "data.shuffle=false", f"update.token_budget={budget}"]
+    common += [
+        f"data.train={mixed_rows / 'rows.jsonl'}",
+        "data.shuffle=false",
+        f"update.token_budget={budget}",
+        *changes,
+    ]
     one = command(*common, f"output_dir={tmp_path / 'one'}")
     two = command(*common, f"output_dir={tmp_path / 'two'}", launcher=torchrun(2))
     assert one.returncode == 0, one.stderr

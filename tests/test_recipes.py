@@ -23,9 +23,11 @@ ACCELERATE = (str(BIN / "accelerate"), "launch")
 FAMILIES = {
     "rlvr.yaml": ("tiny", "SailVL2ForConditionalGeneration"),
     "rlvr_8b.yaml": ("tiny", "SailVL2ForConditionalGeneration"),
+    "rlvr_a3b.yaml": ("tiny", "SailVL2ForConditionalGeneration"),
     "rlvr_qwen3_vl.yaml": ("tiny_qwen3_vl", "Qwen3VLForConditionalGeneration"),
     "rlvr_internvl3_5.yaml": ("tiny_internvl", "InternVLForConditionalGeneration"),
 }
+SAME_MODEL = ("rlvr_8b.yaml", "rlvr_a3b.yaml")
 # Fresh weights answer nothing right: a reward that tells completions apart gives every step a gradient.
 REWARD = "def spread(completions, **columns):\n    return [float(sum(map(ord, text)) % 11) for text in completions]\n"
 
@@ -128,8 +130,8 @@ def test_dry_run_through_accelerate():
 @pytest.mark.parametrize(
     "recipe",
     [
-        # The 8B's tiny model is the 2B's.
-        pytest.param(recipe, id=recipe.name, marks=[pytest.mark.slow] if recipe.name == "rlvr_8b.yaml" else [])
+        # The 8B's and A3B's tiny model is the 2B's.
+        pytest.param(recipe, id=recipe.name, marks=[pytest.mark.slow] if recipe.name in SAME_MODEL else [])
         for recipe in RECIPES
         if recipe.name.startswith("rlvr")
     ],

@@ -1,6 +1,7 @@
 """The load-balancing loss of a mixture of experts: transformers' value and gradient, padding, processes, trainers."""
 
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -67,10 +68,12 @@ def test_balanced_and_collapsed_routers():
     even, sums = balance_loss([even_NE] * LAYERS, torch.ones(TOKENS), PER_TOKEN, normaliser=TOKENS)
     assert even.item() == pytest.approx(PER_TOKEN, rel=1e-5)
     assert sums["largest_share"] == pytest.approx(1 / EXPERTS)
+    assert sums["expert_entropy"] == pytest.approx(math.log(EXPERTS))
     collapsed_NE = 60 * (torch.eye(EXPERTS)[0] + torch.eye(EXPERTS)[3]).expand(TOKENS, -1)
     collapsed, sums = balance_loss([collapsed_NE, even_NE], torch.ones(TOKENS), PER_TOKEN, normaliser=TOKENS)
     assert even < collapsed < EXPERTS
     assert sums["largest_share"] == pytest.approx(1 / PER_TOKEN)
+    assert sums["expert_entropy"] == pytest.approx((math.log(PER_TOKEN) + math.log(EXPERTS)) / 2)
     alone, _ = balance_loss([collapsed_NE], torch.ones(TOKENS), PER_TOKEN, normaliser=TOKENS)
     assert alone.item() == pytest.approx(EXPERTS, rel=1e-5)
 

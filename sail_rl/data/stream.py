@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from sail_rl.command_line import BadInput
 from sail_rl.data.ahead import Ahead, RowLoader
+from sail_rl.data.curriculum import Curriculum
 from sail_rl.data.example import check_row, image_column, rename_columns, video_column
 from sail_rl.data.golds import MOST_BAD_GOLDS, bad_golds, gold_row, is_gold_reason
 from sail_rl.data.images import IMAGE_ERRORS, BadRow, open_image
@@ -37,7 +38,7 @@ class Shard:
 
 
 class RowStream(Generic[Item]):
-    """An endless stream of prepared rows. `position` is all of its state.
+    """An endless stream of prepared rows. `position` is all of its state, but for a curriculum's pass rates.
 
     With workers, while the trainer uses the items of one call those of the next are prepared: items, order and bad rows
     are the same as without.
@@ -65,6 +66,7 @@ class RowStream(Generic[Item]):
         self.order, self.max_bad_rows = make_order(rows, seed, shuffle), max_bad_rows
         self.quarantine_file, self.shard = quarantine_file, shard
         self.position = 0
+        self.curriculum: Curriculum | None = None
         self.bad_rows: dict[int, str] = self._known_bad_rows()
         self._check_rest()
 
@@ -108,12 +110,13 @@ class RowStream(Generic[Item]):
         return [(place, index) for place, index in coming if not self.one_pass or place < len(self.rows)]
 
     def _next_index(self) -> tuple[int, int]:
-        """(position, row number) of the next row that is not known to be bad."""
+        """(position, row number) of the next row that is not known to be bad and that a curriculum wants."""
         while True:
             index = self.order.row_at(self.position)
             self.position += 1
-            if index not in self.bad_rows:
-                return self.position - 1, index
+            place = self.position - 1
+            if index not in self.bad_rows and (self.curriculum is None or self.curriculum.wants(place, index)):
+                return place, index
 
     def _quarantine(self, bad: list[tuple[int, str]]) -> None:
         """Set rows aside; stop when there are more than `data.max_bad_rows`, or too many bad right answers."""
