@@ -43,7 +43,7 @@ def judged(sampled: Sampled, unsolved: str) -> Record:
     # The name under which the `judging` reward reads what is solved without reasoning.
     rate = "direct_pass_rate" if sampled.form == "direct" else "pass_rate"
     counts = {"samples": samples, "correct": correct, rate: correct / samples}
-    reason = "solved now and then" if correct else "never solved, and no reasoning is needed"
+    reason = "solved now and then" if correct else "never solved, kept all the same"
     return one.kept(reason, one.row | counts, figures=figures)
 
 
