@@ -55,7 +55,11 @@ def full_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
 
 def weight_names(model: torch.nn.Module) -> set[str]:
     """The names of `full_parameters`, without making them."""
-    named = ((base_name(name), tensor.detach().to("meta")) for name, tensor in model.named_parameters())
+    named = (
+        # By the shape of a mixture's experts they are told apart; an empty copy has it noted down.
+        (base_name(name), tensor.new_empty(getattr(tensor, "whole_shape", tensor.shape), device="meta"))
+        for name, tensor in model.named_parameters()
+    )
     return {name for name, _ in in_file_layout(model, ((name, tensor) for name, tensor in named if name))}
 
 

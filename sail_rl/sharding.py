@@ -158,8 +158,10 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def empty_copy(model: nn.Module) -> Any:
-    """A copy whose weights have no memory."""
+    """A copy whose weights have no memory, and remember their shapes."""
     empty = {id(p): nn.Parameter(p.new_empty(0), requires_grad=False) for p in model.parameters()}
+    for parameter in model.parameters():
+        empty[id(parameter)].whole_shape = parameter.shape  # type: ignore[attr-defined]
     return deepcopy(model, empty)
 
 

@@ -1,6 +1,6 @@
 """Rollouts by vLLM for models in parts: FSDP2, ZeRO-2 and ZeRO-3 on two processes of one CPU (gloo).
 
-`pytest -m slow tests/test_sharded_engines.py`
+`pytest -m slow tests/test_sharded_engines.py` (about twenty minutes on two busy cores)
 """
 
 import pytest

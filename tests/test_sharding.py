@@ -10,12 +10,15 @@ import torch
 import yaml
 from conftest import BIN, ROOT, SMALL, SMALL_GRPO, command
 from safetensors.torch import load_file
+from tiny_models import mixture, processor_for_questions
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import AutoModelForImageTextToText
 
 import sail_rl.model  # noqa: F401  (registers SAIL-VL2 with the Auto classes)
+from sail_rl.checkpoint import full_parameters, weight_names
 from sail_rl.command_line import BadInput
 from sail_rl.processes import deepspeed_mistakes, fsdp_mistakes, make_accelerator
+from sail_rl.sharding import empty_copy
 
 KINDS = {
     "fsdp2": ("FSDPPolicy", "FSDP2"),
@@ -195,6 +198,15 @@ def test_weights_for_an_engine_are_whole(kind, adapters, start, tmp_path):
     result = command(script, start, adapters, tmp_path / "run", launcher=launcher(kind, tmp_path))
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.count("all weights are whole") == 2
+
+
+def test_an_empty_copy_has_the_names_of_all_weights():
+    """Those of a mixture's experts too, of which the model has one tensor a layer."""
+    model = mixture(processor_for_questions())
+    names = weight_names(model)
+    assert names == {name for name, _ in full_parameters(model)}
+    assert any("experts.2." in name for name in names)
+    assert weight_names(empty_copy(model)) == names
 
 
 def test_settings_that_do_not_fit_are_named():
