@@ -25,7 +25,7 @@ from benchmarks.quickstart_runs import launch
 QUESTIONS, SHORT_QUESTIONS = 1000, 40
 SOURCE = "source: pictures, families: [cards], levels: [1], forms: [number, sum]"
 # Steps of each stage.
-STEPS = {"basic": 400, "longcot": 200, "fusion": 200, "sister": 200, "direct_on": 200}
+STEPS = {"basic": 400, "longcot": 300, "fusion": 200, "sister": 300, "direct_on": 300}
 SHORT_STEPS = dict.fromkeys(STEPS, 2)
 NAMES = {
     "basic": "basic SFT",
