@@ -19,7 +19,7 @@ from benchmarks.quickstart_runs import launch, sft_start
 
 STEPS, SHORT_STEPS = 30, 2
 EVAL_EVERY = 2
-SHARES = (0.25, 0.5, 1.0)  # of the rollouts that a run without dynamic sampling makes
+POINTS = (512, 1024, 3840)  # rollouts
 COMMON = ("grpo.mini_batches=4",)
 RUNS = {
     "dapo": (),
@@ -86,19 +86,17 @@ def finished_rows(short: bool) -> list[dict[str, Any]]:
 
 
 def row_of(folder: Path) -> dict[str, Any]:
-    """Accuracy at shares of the usual number of rollouts, by the last evaluation until then."""
+    """Accuracy at equal numbers of rollouts, by the last evaluation until then."""
     ended = json.loads((folder / "summary.json").read_text())
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    budget, rollouts, points = 16 * 8 * len(records), 0, [(0, ended["accuracy_before"])]
+    rollouts, points = 0, [(0, ended["accuracy_before"])]
     for record in records:
         rollouts += 8 * record["groups/total"]
         last = record["step"] == records[-1]["step"]
         accuracy = ended["accuracy_after"] if last else record.get("eval/accuracy")
         points += [(rollouts, accuracy)] if accuracy is not None else []
-    reached = {share: [a for made, a in points if made <= share * budget][-1] for share in SHARES}
     return {
-        "accuracy": {f"{share:g}": accuracy for share, accuracy in reached.items()},
-        "rollouts": budget,
+        "accuracy": {str(most): [a for made, a in points if made <= most][-1] for most in POINTS},
         "clipped": mean(record["clip_fraction"] for record in records),
         "dropped": mean(record["groups/dropped"] / record["groups/total"] for record in records),
         "seconds": ended["seconds_this_stage"],
@@ -111,10 +109,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for name in dict.fromkeys(row["run"] for row in rows):
         mine = [row for row in rows if row["run"] == name]
         line: dict[str, Any] = {"run": name, "seeds": len(mine)}
-        for share in SHARES:
-            accuracies = [row["accuracy"][f"{share:g}"] for row in mine]
+        for most in POINTS:
+            accuracies = [row["accuracy"][str(most)] for row in mine]
             spread = f" ± {stdev(accuracies):.3f}" if len(mine) > 1 else ""
-            line[f"accuracy after {share * mine[0]['rollouts']:.0f} rollouts"] = f"{mean(accuracies):.3f}{spread}"
+            line[f"accuracy after {most} rollouts"] = f"{mean(accuracies):.3f}{spread}"
         line |= {key: mean(row[key] for row in mine) for key in ("clipped", "dropped", "seconds")}
         lines.append(line)
     names = {name: name for name in lines[0]} | {"dropped": "groups without signal", "seconds": "training, s"}
