@@ -115,7 +115,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             line[f"accuracy after {most} rollouts"] = f"{mean(accuracies):.3f}{spread}"
         line |= {key: mean(row[key] for row in mine) for key in ("clipped", "dropped", "seconds")}
         lines.append(line)
-    names = {name: name for name in lines[0]} | {"dropped": "groups without signal", "seconds": "training, s"}
+    names = {name: name for name in lines[0]} | {"dropped": "groups left out", "seconds": "training, s"}
     return f"Greedy accuracy on 300 unseen questions.\n\n{markdown(lines, names)}"
 
 
