@@ -1,8 +1,8 @@
 """Basic, LongCoT and Think-Fusion SFT in small: what each stage does to both answer modes and both kinds of questions.
 
-    python benchmarks/think_fusion.py [--short] [--seeds 0 1 2] [--json PATH]    (about eight minutes a seed on 2 quiet
-                                                          cores; finished runs are skipped, so it can be resumed)
+    python benchmarks/think_fusion.py [--short] [--seeds 0 1 2] [--json PATH]
 
+Ten to twenty minutes a seed on 2 busy cores; finished runs are skipped, so it can be stopped and run again.
 A tiny SAIL-VL2 is asked for the number on one of four cards (one look) and for the sum of two (two steps). Basic SFT
 teaches direct answers; LongCoT SFT goes on with reasoning alone, as does a sister with its data in another order;
 a control goes on with direct answers for as many steps; Think-Fusion SFT goes on from LongCoT with nine direct answers
