@@ -165,7 +165,7 @@ def test_a_tiny_model_survives_saving(world, tmp_path):
     loaded = replace(world, model=model)
     groups = [Group(prompt, [[70, 71, 72]]) for prompt in world.prompts]
     for mine, other in zip(world.log_probs(groups), loaded.log_probs(groups), strict=True):
-        assert mine == pytest.approx(other, abs=1e-6)
+        assert mine == pytest.approx(other, abs=1e-5)  # one of them may multiply by oneDNN
 
 
 @pytest.mark.parametrize(

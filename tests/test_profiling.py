@@ -15,6 +15,7 @@ from sail_rl.batch import Group
 from sail_rl.config_data import LoraSection, ModelSection
 from sail_rl.data.example import Example, conversation
 from sail_rl.data.prompting import make_prompt
+from sail_rl.model.cpu_linear import use_torch
 from sail_rl.model.load import PARTS, TINY, load_model
 from sail_rl.model.lora import add_adapters
 from sail_rl.profiling import model_cost, patch_windows, peak_flops
@@ -33,6 +34,7 @@ def counted_flops(model, prompt, backward: bool) -> float:
     if prompt.token_inputs:
         kinds = prompt.token_inputs["mm_token_type_ids"]
         inputs["mm_token_type_ids"] = torch.tensor([kinds + [0] * COMPLETION])
+    use_torch(model)  # torch counts no products of oneDNN
     with FlopCounterMode(display=False) as counter:
         logits = model(input_ids=ids, logits_to_keep=COMPLETION, use_cache=False, **inputs).logits
         if backward:
