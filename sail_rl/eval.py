@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rewards import accuracy_reward, format_reward
-from rewards.accuracy import PASSED
+from rewards.accuracy import PASSED, accuracy_verdicts
 from rewards.load import Reward
 from rewards.score import score
-from rollouts import RolloutEngine
+from rollouts import Rollout, RolloutEngine
 from sail_rl.data.stream import RowStream
 from sail_rl.launch import Run
 from sail_rl.questions import Question, reward_columns, save_pictures
@@ -59,7 +59,7 @@ def judge(questions: list[Question], rollouts, thinking: str, run: Path) -> list
             "question": question.example.question,
             "answer": question.example.columns["answer"],
             "completion": rollout.text,
-            "correct": (scores.parts["accuracy"][i] or 0) >= PASSED,
+            "correct": is_right(scores.parts["accuracy"][i], question, rollout),
             "well_formed": bool(scores.parts["format"][i]),
             "finish_reason": rollout.finish_reason,
             "length": len(rollout.token_ids),
@@ -67,6 +67,17 @@ def judge(questions: list[Question], rollouts, thinking: str, run: Path) -> list
         }
         for i, (question, rollout) in enumerate(zip(questions, rollouts, strict=True))
     ]
+
+
+def is_right(value: float | None, question: Question, rollout: Rollout) -> bool:
+    """Whether the answer is the row's, or one of its `alternatives`, which benchmarks have."""
+    others = list(question.example.columns.get("alternatives") or [])
+    if (value or 0) >= PASSED or not others:
+        return (value or 0) >= PASSED
+    types = [question.example.columns.get("answer_type")] * len(others)
+    texts, reasons = [rollout.text] * len(others), [rollout.finish_reason] * len(others)
+    verdicts = accuracy_verdicts(texts, answer=others, answer_type=types, finish_reason=reasons)
+    return any((verdict.value or 0) >= PASSED for verdict in verdicts)
 
 
 def predictions_once(
