@@ -40,6 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument("second", type=Path, help="another one")
     compare.add_argument("--output", type=Path, help="a folder for the table and for both answers to each question")
     compare.set_defaults(run_command=compare_evaluations)
+    add_exchange(commands)
     add_rewards(commands.add_parser("rewards", help="try a reward function, or look at what a run's rewards judged"))
     add_data(commands.add_parser("data", help="make rows for training from other rows"))
     serve = commands.add_parser("serve-rollouts", help="a vLLM server for trainers with rollout.engine = vllm_server")
@@ -67,6 +68,27 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, help="ask only so many questions, from the first on")
     parser.set_defaults(run_command=lambda arguments: on_recipe("sail_rl.eval_command:evaluate_recipe", arguments))
+
+
+def add_exchange(commands) -> None:
+    """`sail-rl eval-export` and `sail-rl eval-import`."""
+    export = commands.add_parser("eval-export", help="write an evaluation as a prediction file of VLMEvalKit's")
+    export.add_argument("folder", type=Path, help="the folder of a greedy `sail-rl eval`")
+    export.add_argument("file", type=Path, help="the .tsv or .json file to write")
+    export.set_defaults(run_command=lambda arguments: exchange("export_predictions", arguments))
+    taken = commands.add_parser(
+        "eval-import", help="judge a prediction file of VLMEvalKit's, to compare it with others"
+    )
+    taken.add_argument("file", type=Path, help="a .tsv or .json file with index, question, answer and prediction")
+    taken.add_argument("folder", type=Path, help="the folder to write, as `sail-rl eval` does")
+    taken.set_defaults(run_command=lambda arguments: exchange("import_predictions", arguments))
+
+
+def exchange(function: str, arguments: argparse.Namespace) -> None:
+    """Read one, write the other."""
+    from sail_rl import eval_exchange
+
+    getattr(eval_exchange, function)(arguments.folder, arguments.file)
 
 
 def compare_evaluations(arguments: argparse.Namespace) -> None:

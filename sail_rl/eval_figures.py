@@ -16,6 +16,13 @@ from sail_rl.eval import Prediction
 RESAMPLES, BLOCK = 2000, 100  # a block of resamples is in memory at once
 # Columns by whose values figures are given, where predictions have them.
 GROUPED = ("mode", "kind", "benchmark", "source", "type", "category", "answer_type", "family", "form", "difficulty")
+# Figure -> what it is the mean of.
+MEANS = {
+    "well_formed": "well_formed",
+    "thinking_rate": "thought",
+    "truncation_rate": "truncated",
+    "length": "length",
+}
 Figures = dict[str, Any]
 
 
@@ -58,9 +65,9 @@ def figures_of(predictions: Sequence[Prediction], seed: int) -> Figures:
     columns = {f"pass@{k}": [pass_at(k, right, samples) for right in rights] for k in tried(samples)}
     if samples > 1:
         columns[f"avg@{samples}"] = [right / samples for right in rights]
-    for name, key in (("well_formed", "well_formed"), ("thinking_rate", "thought"), ("truncation_rate", "truncated")):
-        columns[name] = [sum(one[key] for one in completions) / samples for completions in questions]
-    columns["length"] = [sum(one["length"] for one in completions) / samples for completions in questions]
+    for name, key in MEANS.items():
+        if all(one.get(key) is not None for one in predictions):  # those of another tool lack some
+            columns[name] = [sum(one[key] for one in completions) / samples for completions in questions]
     means_RF = resampled_means(np.array(list(columns.values())).T, seed)
     low_F, high_F = np.quantile(means_RF, [0.025, 0.975], axis=0)
     estimates = {

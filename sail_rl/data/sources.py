@@ -11,6 +11,7 @@ from sail_rl.config_data import FileSource, HubSource, PictureSource
 from sail_rl.data.example import BadRow
 from sail_rl.data.pictures import picture_row
 from sail_rl.data.streamed import ENDLESS, StreamedRows
+from sail_rl.data.vlmevalkit import TsvRows
 
 
 class Rows(Protocol):
@@ -143,7 +144,9 @@ def open_file(path: Path, key: str) -> Rows:
         except Exception as error:  # datasets raises its own, pyarrow's and OS errors alike
             raise BadInput(f"{key}.path = {path} is not readable parquet: {first_line(error)}") from None
         return ArrowRows(str(path), path.parent, dataset)
-    raise BadInput(f"{key}.path = {path}: rows come from .jsonl or .parquet files, not {path.suffix or 'this'}")
+    if path.suffix == ".tsv":
+        return TsvRows(path)
+    raise BadInput(f"{key}.path = {path}: rows come from .jsonl, .parquet or .tsv files, not {path.suffix or 'this'}")
 
 
 def open_hub(source: HubSource, key: str) -> Rows:

@@ -21,6 +21,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     add_distill(commands.add_parser("distill-answer", help="have a model shorten wordy answers"))
     add_passrate(commands.add_parser("passrate", help="keep questions that the model solves now and then"))
     add_reject(commands.add_parser("reject", help="keep the model's own right traces"))
+    add_rows(commands.add_parser("tsv", help="write rows as a question file of VLMEvalKit's"), "tsv:write_tsv")
 
 
 def add_rows(parser: argparse.ArgumentParser, function: str) -> None:
