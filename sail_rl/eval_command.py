@@ -109,6 +109,8 @@ def source_of(rows: JoinedRows, taken: Taken) -> dict[str, str]:
 def write_summary(folder: Path, recipe: GrpoRecipe, job: Job) -> None:
     """`summary.json` and `summary.md` of finished predictions."""
     predictions = read_predictions(folder / "predictions.jsonl")
+    if not predictions:
+        raise BadInput(f"{folder}: no question could be asked; predictions.dropped.jsonl says why")
     report = Report.read_from(job.output)
     assert report is not None  # do_job ends with it
     samples, model = job.settings["samples"], recipe.model.path or recipe.model.random_init

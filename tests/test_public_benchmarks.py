@@ -9,6 +9,7 @@ from PIL import Image as Pictures
 from pydantic import ValidationError
 from test_eval import predictions
 
+from sail_rl.command_line import BadInput
 from sail_rl.config_data import BenchmarkName, DataSection, FileSource, HubSource
 from sail_rl.data.benchmarks import BENCHMARKS, converted, listed, with_pictures
 from sail_rl.data.example import make_example
@@ -28,7 +29,7 @@ PUBLISHED = {
     "wemath": {"ID": "3steps_1", "split": "testmini", "knowledge concept": "Area of Squares", "question": "How large?"}
     | {"option": "A. 16; B. 8; C. No correct answer", "answer": "A", "image_path": "red.png", "key": "3steps"},
     "logicvista": {"imagename": "red.png", "question": "Which comes next?\nA, B, C or D", "answer": "A, C"}
-    | {"reasoning": "...", "skill": ["inductive"], "broad_capability": ["ocr", "pattern"]},
+    | {"reasoning": "...", "skill": ["inductive"], "capability": ["ocr", "pattern"]},
     "mmmu": {"id": "Math_1", "question": "Compare <image 2> with <image 1>.", "answer": "B"}
     | {"options": "['the first', \"it's <image 2>\"]", "image_1": "red.png", "image_2": "green.png", "image_3": None}
     | {"question_type": "multiple-choice", "subfield": "Geometry", "topic_difficulty": "Easy", "explanation": ""},
@@ -102,6 +103,19 @@ def test_parquet_with_pictures_in_it_as_the_hub_has_it(folder):
     assert [image.size for image in example.images] == [(20, 10)]
     assert (example.columns["tolerance"], example.columns["category"]) == ({"absolute": 0.05}, "figure")
     assert "options" not in example.columns
+
+
+def test_json_files_that_are_one_list_or_one_object(folder):
+    rows = [PUBLISHED["wemath"], PUBLISHED["wemath"] | {"ID": "3steps_2"}]
+    named = {row["ID"]: row for row in rows}
+    for text in (json.dumps(rows), json.dumps(rows, indent=4), json.dumps(named, indent=4)):
+        (folder / "testmini.json").write_text(text)
+        opened = open_sources([FileSource(path=str(folder / "testmini.json"), benchmark="wemath")], {}, "", "data.eval")
+        identifiers = [opened.parts[0].row(number)["id"] for number in range(len(opened))]
+        assert identifiers == ["wemath/3steps_1/3steps", "wemath/3steps_2/3steps"]
+    (folder / "testmini.json").write_text("[1,")
+    with pytest.raises(BadInput, match=r"testmini.json is not valid JSON"):
+        open_sources([FileSource(path=str(folder / "testmini.json"))], {}, "", "data.eval")
 
 
 def test_answers_that_are_right_as_well(tmp_path):

@@ -74,7 +74,7 @@ BENCHMARKS = {
     "wemath": Benchmark(
         ("ID", "key"), images=("image_path",), options="option", type="key", category="knowledge concept"
     ),
-    "logicvista": Benchmark(("imagename",), images=("image", "imagename"), category="skill", type="broad_capability"),
+    "logicvista": Benchmark(("imagename",), images=("image", "imagename"), category="skill", type="capability"),
     "mmmu": Benchmark(
         images=tuple(f"image_{number}" for number in range(1, 8)),
         options="options",
@@ -87,7 +87,7 @@ BENCHMARKS = {
 # Columns that hold the same picture in two forms.
 SAME_PICTURE = (("decoded_image", "image"), ("image", "imagename"))
 # Benchmarks whose answers are of one type, whatever they look like.
-ONE_TYPE = {"logicvista": "choice", "ocrbench": "text"}
+ONE_TYPE = {"ocrbench": "text"}
 
 
 class BenchmarkRows:

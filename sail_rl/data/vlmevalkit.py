@@ -23,7 +23,7 @@ from sail_rl.data.images import IMAGE_ERRORS, BadRow, open_image
 
 LONGEST_INDEX = 64  # characters; a longer `image` is a picture
 PREDICTION_FILES = (".tsv", ".json")
-QUESTION_COLUMNS = ("index", "id", "question", "answer", "category", "question_type", "image")
+QUESTION_COLUMNS = ("index", "id", "question", "answer", "category", "question_type", "image", "image_path")
 csv.field_size_limit(2**31 - 1)  # pictures are long
 
 
@@ -148,9 +148,15 @@ def write_questions(rows: Iterable[tuple[Mapping[str, Any], Path]], output: Path
 def question_record(row: Mapping[str, Any], folder: Path, number: int) -> dict[str, Any]:
     """One row; raises BadRow for a picture that cannot be read."""
     pictures = [encoded(image, folder) for image in image_column(row)]
-    image = pictures[0] if len(pictures) == 1 else str(pictures) if pictures else ""
+    names = [f"{number}_{place}.png" for place in range(len(pictures))]  # VLMEvalKit unpacks several under these
     facts = {"index": number, "id": row.get("id", ""), "question": asked_text(row), "answer": answer_text(row)}
-    return facts | {"category": row.get("category", ""), "question_type": row.get("type", ""), "image": image}
+    more = {"category": row.get("category", ""), "question_type": row.get("type", "")}
+    return facts | more | {"image": one_or_list(pictures), "image_path": one_or_list(names)}
+
+
+def one_or_list(texts: Sequence[str]) -> str:
+    """One text, or a list of several as text; empty for none."""
+    return texts[0] if len(texts) == 1 else str(list(texts)) if texts else ""
 
 
 def asked_text(row: Mapping[str, Any]) -> str:
