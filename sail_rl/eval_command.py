@@ -60,7 +60,7 @@ def with_rollouts(recipe: CommonRecipe) -> GrpoRecipe:
 
 
 def evaluation_job(recipe: GrpoRecipe, arguments: argparse.Namespace) -> Job:
-    """All questions of `data.eval`, which `for_one_pass` has put in the place of `data.train`."""
+    """All questions of `data.eval`, which `with_rollouts` has put in the place of `data.train`."""
     rows = open_sources(recipe.data.train_sources, recipe.data.columns, "validation", "data.eval")
     return job_on(rows, "eval", recipe, arguments)
 
