@@ -7,6 +7,7 @@ the next chunk begins, and the same command goes on after any end.
 import argparse
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def evaluate_recipe(arguments: argparse.Namespace) -> None:
     job = evaluation_job(recipe, arguments)
     journal = open_journal(job)
     if journal is not None:
-        with open_sampler(recipe, job, arguments.samples, greedy=arguments.samples == 1) as sampler:
+        greedy = arguments.samples == 1
+        with closing(journal), open_sampler(recipe, job, arguments.samples, greedy) as sampler:
             do_job(job, journal, partial(work, sampler, job.rows), sampler.at_once)
     write_summary(folder, recipe, job)
 

@@ -1,5 +1,6 @@
 """`sail-rl eval`: the real command on a tiny model, its greedy answers, its modes, and going on after an end."""
 
+import gc
 import json
 import os
 import signal
@@ -77,6 +78,7 @@ def test_an_interruption_costs_at_most_the_chunk_at_work(tmp_path, monkeypatch):
     assert not (tmp_path / "out/summary.json").exists()
     with pytest.raises(BadInput, match="other settings"):
         evaluate(RECIPE, *small, "seed=1", "--output", tmp_path / "out")
+    gc.collect()  # lets go of the journal that was refused
     evaluate(RECIPE, *small, "--output", tmp_path / "out")
     assert calls == [[0, 1], [2, 3], [2, 3], [4, 5]]
     assert read(tmp_path / "out/predictions.jsonl") == read(tmp_path / "whole/predictions.jsonl")

@@ -115,7 +115,9 @@ def converted(row: Row, name: str, number: int) -> dict[str, Any]:
     answers = right_answers(row[benchmark.answer], options, benchmark)
     question = str(row[benchmark.question] or "").strip() or IN_THE_PICTURE
     text, images = with_pictures(with_options(question, options), pictures_of(row, benchmark))
-    more = {key: shortened(found(row, getattr(benchmark, key))) for key in ("type", "category", "difficulty")}
+    more: dict[str, Any] = {
+        key: shortened(found(row, getattr(benchmark, key))) for key in ("type", "category", "difficulty")
+    }
     more |= {"answer_type": answer_type(row, name, options), "tolerance": tolerance(row, benchmark)}
     more |= {"options": options or None, "alternatives": answers[1:] or None}
     identifier = "/".join(str(row[column]) for column in benchmark.id if column in row) or str(number + 1)
