@@ -20,6 +20,7 @@ from rewards.text_judge import ask_about_texts
 from rewards.verdict import Outcome, Verdict, verdict_of
 
 DEGREES = ("box", "ocr")  # types whose answers are right to a degree
+PASSED = 0.5  # from this value on such an answer counts as right where it must be one or the other
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def verify(
     row = Row(gold, answer_type, options, tolerance)
 
     def step(algebra: Algebra) -> bool:
-        right = compare(row, answer, algebra) >= 0.5
+        right = compare(row, answer, algebra) >= PASSED
         if not right and Outcome.INFRA_ERROR in algebra.problems:
             raise RuntimeError(f"the reward workers could not compare {answer!r} with {gold!r}")
         return right

@@ -17,12 +17,12 @@ from sail_rl.model.load import image_token_ids, load_model
 from sail_rl.questions import question_stream
 
 
-def read_eval_recipe(path: Path) -> CommonRecipe:
+def read_eval_recipe(path: Path, overrides: list[str] | None = None) -> CommonRecipe:
     """A recipe of either trainer, told apart by its rewards, that has questions to evaluate on."""
     kind = GrpoRecipe if "rewards" in read_yaml(path) else SftRecipe
-    recipe = load_recipe(kind, path)
+    recipe = load_recipe(kind, path, overrides)
     if recipe.data.eval is None:
-        raise BadInput(f"{path}: data.eval names no questions; give it a source, or leave --recipe out")
+        raise BadInput(f"{path}: data.eval names no questions; give it a source")
     return recipe
 
 

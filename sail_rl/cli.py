@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from sail_rl.command_line import EXIT_BAD_INPUT, BadInput, fail
-from sail_rl.data.building.commands import add_data
+from sail_rl.data.building.commands import add_data, on_recipe
 
 
 def main() -> None:
@@ -34,6 +34,13 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.add_argument("recipe", help="a YAML file, such as recipes/rlvr.yaml")
     doctor.add_argument("overrides", nargs="*", metavar="key.sub=value", help="recipe keys to change")
     doctor.set_defaults(run_command=examine_recipe)
+    add_eval(commands.add_parser("eval", help="let a recipe's model answer its data.eval, and say how well it does"))
+    compare = commands.add_parser("eval-compare", help="two evaluations of the same questions, with a paired test")
+    compare.add_argument("first", type=Path, help="the folder of a `sail-rl eval`")
+    compare.add_argument("second", type=Path, help="another one")
+    compare.add_argument("--output", type=Path, help="a folder for the table and for both answers to each question")
+    compare.set_defaults(run_command=compare_evaluations)
+    add_exchange(commands)
     add_rewards(commands.add_parser("rewards", help="try a reward function, or look at what a run's rewards judged"))
     add_data(commands.add_parser("data", help="make rows for training from other rows"))
     serve = commands.add_parser("serve-rollouts", help="a vLLM server for trainers with rollout.engine = vllm_server")
@@ -49,6 +56,46 @@ def make_parser() -> argparse.ArgumentParser:
     merge.add_argument("--recipe", type=Path, help="evaluate all of them, and the result, on the recipe's data.eval")
     merge.set_defaults(run_command=merge_checkpoints)
     return parser
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    """`sail-rl eval`."""
+    parser.add_argument("recipe", help="a recipe of either trainer: its model, data.eval and rollout are used")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="recipe keys to change")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write; the same one goes on")
+    parser.add_argument(
+        "--samples", type=int, default=1, help="completions of each question; 1, the default, is greedy"
+    )
+    parser.add_argument("--limit", type=int, help="ask only so many questions, from the first on")
+    parser.set_defaults(run_command=lambda arguments: on_recipe("sail_rl.eval_command:evaluate_recipe", arguments))
+
+
+def add_exchange(commands) -> None:
+    """`sail-rl eval-export` and `sail-rl eval-import`."""
+    export = commands.add_parser("eval-export", help="write an evaluation as a prediction file of VLMEvalKit's")
+    export.add_argument("folder", type=Path, help="the folder of a greedy `sail-rl eval`")
+    export.add_argument("file", type=Path, help="the .tsv or .json file to write")
+    export.set_defaults(run_command=lambda arguments: exchange("export_predictions", arguments))
+    taken = commands.add_parser(
+        "eval-import", help="judge a prediction file of VLMEvalKit's, to compare it with others"
+    )
+    taken.add_argument("file", type=Path, help="a .tsv or .json file with index, question, answer and prediction")
+    taken.add_argument("folder", type=Path, help="the folder to write, as `sail-rl eval` does")
+    taken.set_defaults(run_command=lambda arguments: exchange("import_predictions", arguments))
+
+
+def exchange(function: str, arguments: argparse.Namespace) -> None:
+    """Read one, write the other."""
+    from sail_rl import eval_exchange
+
+    getattr(eval_exchange, function)(arguments.folder, arguments.file)
+
+
+def compare_evaluations(arguments: argparse.Namespace) -> None:
+    """Print the table, and write it where a folder is named."""
+    from sail_rl.eval_compare import compare_folders
+
+    compare_folders(arguments.first, arguments.second, arguments.output)
 
 
 def add_rewards(parser: argparse.ArgumentParser) -> None:

@@ -124,14 +124,30 @@ class PictureSource(SourceSection):
         return self
 
 
-class FileSource(SourceSection):
-    """A local .jsonl or .parquet file; picture paths are relative to the file's folder."""
+BenchmarkName = Literal["mathvista", "mathvision", "mathverse", "dynamath", "wemath", "logicvista", "mmmu", "ocrbench"]
+
+
+class FoundSource(SourceSection):
+    """What somebody else may have made."""
+
+    benchmark: BenchmarkName | None = None
+    """Its rows have this benchmark's columns, as it is published; they are read without `columns`."""
+
+    @model_validator(mode="after")
+    def one_map(self):
+        if self.benchmark and self.columns is not None:
+            raise ValueError(f"`benchmark: {self.benchmark}` says what its columns are; leave out `columns`")
+        return self
+
+
+class FileSource(FoundSource):
+    """A local .jsonl or .parquet file, or a .tsv of VLMEvalKit's; picture paths are relative to the file's folder."""
 
     source: Literal["file"] = "file"
     path: str
 
 
-class HubSource(SourceSection):
+class HubSource(FoundSource):
     """A dataset of the Hugging Face Hub."""
 
     source: Literal["hub"] = "hub"
@@ -144,6 +160,12 @@ class HubSource(SourceSection):
     `trainer.max_steps`. Every process reads the stream and decodes its own share of it; `data.workers` do not help."""
     shuffle_buffer: Annotated[int, Field(ge=1)] = 1000
     """Rows of a stream that are shuffled among each other, and of which two such blocks are in memory."""
+
+    @model_validator(mode="after")
+    def benchmark_is_at_hand(self):
+        if self.benchmark and self.streaming:
+            raise ValueError(f"`benchmark: {self.benchmark}` is read from a copy on disk; leave out `streaming`")
+        return self
 
 
 def source_kind(value: Any) -> str:
@@ -178,7 +200,7 @@ def expand_source(value: Any) -> Any:
         return value
     if value == "pictures":
         return {"source": "pictures"}
-    return {"source": "file" if value.endswith((".jsonl", ".json", ".parquet")) else "hub", "path": value}
+    return {"source": "file" if value.endswith((".jsonl", ".json", ".parquet", ".tsv")) else "hub", "path": value}
 
 
 class CurriculumSection(Section):

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rewards import accuracy_reward, format_reward
+from rewards.accuracy import PASSED, accuracy_verdicts
 from rewards.load import Reward
 from rewards.score import score
-from rollouts import RolloutEngine
+from rollouts import Rollout, RolloutEngine
 from sail_rl.data.stream import RowStream
 from sail_rl.launch import Run
 from sail_rl.questions import Question, reward_columns, save_pictures
@@ -17,7 +18,11 @@ from sail_rl.run_folder import write_json_lines
 from sail_rl.sampling import greedy_sampling
 
 Prediction = dict[str, Any]
-KEPT_COLUMNS = ("family", "form", "difficulty", "needs_thinking", "novel", "answer_type", "kind")
+# Of the data: what answers are told apart by, and what another tool needs to judge them.
+KEPT_COLUMNS = (
+    *("family", "form", "difficulty", "needs_thinking", "novel", "answer_type", "kind"),
+    *("type", "category", "benchmark", "options"),
+)
 
 
 def evaluate(run: Run, engine: RolloutEngine, stream: RowStream[Question]) -> list[Prediction]:
@@ -34,7 +39,9 @@ def evaluate(run: Run, engine: RolloutEngine, stream: RowStream[Question]) -> li
         # Also without questions, which the last batch may leave a process: the engine may need all of them.
         rollouts = engine.generate([question.prompt for question in questions], 1, sampling)
         if questions:
-            predictions += judge(questions, rollouts, run.recipe.data.thinking, run.folder)
+            judged = judge(questions, rollouts, run.recipe.data.thinking, run.folder)
+            pictures = [save_pictures(run.folder, question.example) for question in questions]
+            predictions += [one | {"images": names} for one, names in zip(judged, pictures, strict=True)]
     return sorted(shard.gather(predictions), key=lambda prediction: prediction.pop("position"))
 
 
@@ -52,15 +59,25 @@ def judge(questions: list[Question], rollouts, thinking: str, run: Path) -> list
             "question": question.example.question,
             "answer": question.example.columns["answer"],
             "completion": rollout.text,
-            "correct": bool(scores.parts["accuracy"][i]),
+            "correct": is_right(scores.parts["accuracy"][i], question, rollout),
             "well_formed": bool(scores.parts["format"][i]),
             "finish_reason": rollout.finish_reason,
             "length": len(rollout.token_ids),
             **{name: columns[name][i] for name in KEPT_COLUMNS if name in columns},
-            "images": save_pictures(run, question.example),
         }
         for i, (question, rollout) in enumerate(zip(questions, rollouts, strict=True))
     ]
+
+
+def is_right(value: float | None, question: Question, rollout: Rollout) -> bool:
+    """Whether the answer is the row's, or one of its `alternatives`, which benchmarks have."""
+    others = list(question.example.columns.get("alternatives") or [])
+    if (value or 0) >= PASSED or not others:
+        return (value or 0) >= PASSED
+    types = [question.example.columns.get("answer_type")] * len(others)
+    texts, reasons = [rollout.text] * len(others), [rollout.finish_reason] * len(others)
+    verdicts = accuracy_verdicts(texts, answer=others, answer_type=types, finish_reason=reasons)
+    return any((verdict.value or 0) >= PASSED for verdict in verdicts)
 
 
 def predictions_once(

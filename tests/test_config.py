@@ -83,7 +83,7 @@ def test_all_mistakes_are_named_at_once(load):
             "data: {train: {source: web, path: a}}",
             "data.train.source = \"web\": input should be 'pictures', 'file', 'hub'",
         ),
-        ("data: {train: {path: a, families: [cards]}}", "unknown key; allowed: columns, kind, path, source, weight"),
+        ("data: {train: {path: a, families: [cards]}}", "unknown key; allowed: benchmark, columns, kind, path,"),
         ("data: {train: {source: file}}", "data.train.path: this key is required"),
         ("data: {train: {source: pictures, levels: [4]}}", "data.train.levels.0 = 4: input should be 1, 2 or 3"),
         ("data: {train: []}", "data.train = []: list should have at least 1 item"),

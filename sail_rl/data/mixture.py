@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from sail_rl.command_line import BadInput
-from sail_rl.config_data import Source
+from sail_rl.config_data import PictureSource, Source
+from sail_rl.data.benchmarks import BenchmarkRows
 from sail_rl.data.sources import Rows, open_rows
 from sail_rl.data.streamed import ENDLESS, StreamedRows
 
@@ -73,8 +74,10 @@ def open_sources(sources: Sequence[Source], columns: Mapping[str, str], split: s
     """The sources of `data.train` or `data.eval` (`key`), opened."""
     parts = []
     for number, source in enumerate(sources):
-        rows = open_rows(source, split, f"{key}.{number}" if len(sources) > 1 else key)
+        rows: Rows = open_rows(source, split, f"{key}.{number}" if len(sources) > 1 else key)
         mapped = columns if source.columns is None else source.columns
+        if not isinstance(source, PictureSource) and source.benchmark:
+            rows, mapped = BenchmarkRows(rows, source.benchmark), {}
         # The kind that the recipe names stands above a column that would say it.
         mapped = {ours: theirs for ours, theirs in mapped.items() if source.kind is None or ours != "kind"}
         parts.append(Part(rows, mapped, source.kind))

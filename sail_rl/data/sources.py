@@ -11,6 +11,7 @@ from sail_rl.config_data import FileSource, HubSource, PictureSource
 from sail_rl.data.example import BadRow
 from sail_rl.data.pictures import picture_row
 from sail_rl.data.streamed import ENDLESS, StreamedRows
+from sail_rl.data.vlmevalkit import TsvRows
 
 
 class Rows(Protocol):
@@ -93,6 +94,35 @@ class JsonLinesRows:
         return row
 
 
+class JsonRows:
+    """A .json file that is one list of rows, or one object of them, as benchmarks are published; in memory."""
+
+    checked_at_start = 20_000
+
+    def __init__(self, path: Path):
+        self.name, self.folder = str(path), path.parent
+        try:
+            values = json.loads(path.read_bytes())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise BadInput(f"{path} is not valid JSON: {error}") from None
+        self.rows = list(values.values()) if isinstance(values, dict) else values
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        if not isinstance(self.rows[index], dict):
+            raise BadRow(f"a row is a JSON object, not {type(self.rows[index]).__name__}")
+        return self.rows[index]
+
+
+def is_one_value(path: Path) -> bool:
+    """Whether a .json file is one list or object over several lines, or a list in one, and not a row a line."""
+    with path.open("rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+    return first.strip() == b"{" or first.lstrip().startswith(b"[")
+
+
 class ArrowRows:
     """A parquet file or a Hub dataset, memory-mapped by `datasets`; pictures and videos stay bytes until used."""
 
@@ -133,6 +163,8 @@ def open_file(path: Path, key: str) -> Rows:
     """A local file by its ending."""
     if not path.is_file():
         raise BadInput(f"{key}.path = {path}: there is no such file")
+    if path.suffix == ".json" and is_one_value(path):
+        return JsonRows(path)
     if path.suffix in (".jsonl", ".json"):
         return JsonLinesRows(path)
     if path.suffix == ".parquet":
@@ -143,7 +175,9 @@ def open_file(path: Path, key: str) -> Rows:
         except Exception as error:  # datasets raises its own, pyarrow's and OS errors alike
             raise BadInput(f"{key}.path = {path} is not readable parquet: {first_line(error)}") from None
         return ArrowRows(str(path), path.parent, dataset)
-    raise BadInput(f"{key}.path = {path}: rows come from .jsonl or .parquet files, not {path.suffix or 'this'}")
+    if path.suffix == ".tsv":
+        return TsvRows(path)
+    raise BadInput(f"{key}.path = {path}: rows come from .jsonl, .parquet or .tsv files, not {path.suffix or 'this'}")
 
 
 def open_hub(source: HubSource, key: str) -> Rows:

@@ -21,6 +21,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     add_distill(commands.add_parser("distill-answer", help="have a model shorten wordy answers"))
     add_passrate(commands.add_parser("passrate", help="keep questions that the model solves now and then"))
     add_reject(commands.add_parser("reject", help="keep the model's own right traces"))
+    add_rows(commands.add_parser("tsv", help="write rows as a question file of VLMEvalKit's"), "tsv:write_tsv")
 
 
 def add_rows(parser: argparse.ArgumentParser, function: str) -> None:
@@ -93,7 +94,7 @@ def add_recipe(parser: argparse.ArgumentParser, function: str) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="recipe keys to change")
     add_output(parser)
     parser.add_argument("--samples", type=int, default=4, help="attempts at each question (4)")
-    parser.set_defaults(run_command=lambda arguments: on_recipe(function, arguments))
+    parser.set_defaults(run_command=lambda arguments: on_recipe(f"sail_rl.data.building.{function}", arguments))
 
 
 def add_passrate(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +123,7 @@ def on_rows(function: str, arguments: argparse.Namespace) -> None:
         raise BadInput(f"--columns {' '.join(arguments.columns)}: write each as ours=theirs, such as question=problem")
     columns = {ours: theirs for ours, _, theirs in pairs}
     rows = open_input(arguments.input, columns, arguments.split)
-    run(function, rows, checked(arguments))
+    run(f"sail_rl.data.building.{function}", rows, checked(arguments))
 
 
 def on_recipe(function: str, arguments: argparse.Namespace) -> None:
@@ -136,7 +137,7 @@ def run(function: str, *arguments: Any) -> None:
     """Run a command, imported only now, whose work an interruption does not undo."""
     module, name = function.split(":")
     try:
-        getattr(importlib.import_module(f"sail_rl.data.building.{module}"), name)(*arguments)
+        getattr(importlib.import_module(module), name)(*arguments)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on with what is left", flush=True)
         sys.exit(INTERRUPTED)

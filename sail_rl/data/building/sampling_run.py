@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rewards.accuracy import accuracy_verdicts
+from rewards.accuracy import PASSED, accuracy_verdicts
 from rewards.format import is_well_formed
 from rollouts import Rollout, RolloutEngine, Sampling
 from sail_rl.command_line import BadInput, load_recipe
@@ -18,15 +18,17 @@ from sail_rl.data.building.job import Job, Taken
 from sail_rl.data.building.rows import file_digest
 from sail_rl.data.example import make_example
 from sail_rl.data.images import BadRow
-from sail_rl.data.mixture import open_sources
+from sail_rl.data.mixture import JoinedRows, open_sources
 from sail_rl.data.prompting import answer_form
 from sail_rl.data.stream import RowStream, Shard
 from sail_rl.questions import Question, make_question
 from sail_rl.run_folder import check_files, check_model_path
 
-PASSED = 0.5  # of the accuracy reward: boxes and read text are right to a degree
 # Keys of rollout that may change when the work goes on.
 FREE_KEYS = ("server", "vllm", "num_generations", "prompts_per_step", "batch_size", "overlap", "parity_limit")
+
+
+Asked = tuple[Taken, Question]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class Sampler:
 
     def sample(self, taken: Sequence[Taken]) -> tuple[list[Sampled], list[tuple[Taken, str]]]:
         """Rows with their attempts, and those that cannot be asked, with the reason."""
+        asked, rollouts, refused = self.ask(taken)
+        return judge_attempts(asked, rollouts, self.recipe.data.thinking), refused
+
+    def ask(self, taken: Sequence[Taken]) -> tuple[list[Asked], list[Rollout], list[tuple[Taken, str]]]:
+        """Rows as questions, the completions of all of them, and the rows that cannot be asked, with the reason."""
         asked, refused = [], []
         for one in taken:
             try:
@@ -77,8 +84,7 @@ class Sampler:
             except BadRow as error:
                 refused.append((one, str(error)))
         rollouts = self.engine.generate([question.prompt for _, question in asked], self.count, self.sampling)
-        sampled = judge_attempts(asked, rollouts, self.recipe.data.thinking)
-        return sampled, refused
+        return asked, rollouts, refused
 
     def stream(self, job: Job) -> RowStream:
         """The rows as a training run would read them, for the check before the first."""
@@ -103,9 +109,7 @@ class Sampler:
         return make_question(example, one.number, self.processor, data)
 
 
-def judge_attempts(
-    asked: Sequence[tuple[Taken, Question]], rollouts: Sequence[Rollout], thinking: str
-) -> list[Sampled]:
+def judge_attempts(asked: Sequence[Asked], rollouts: Sequence[Rollout], thinking: str) -> list[Sampled]:
     """The completions of each row, judged: all of them in one call."""
     count = len(rollouts) // max(len(asked), 1)
     names = ("answer", "answer_type", "options", "tolerance")
@@ -126,8 +130,13 @@ def judge_attempts(
 def read_recipe(arguments: argparse.Namespace) -> GrpoRecipe:
     """The recipe with what one pass over its rows changes: in order, prepared here, and nothing is trained."""
     recipe = load_recipe(GrpoRecipe, arguments.recipe, arguments.overrides)
-    check_model_path(recipe.model.path)
     check_files(recipe)
+    return for_one_pass(recipe, arguments)
+
+
+def for_one_pass(recipe: GrpoRecipe, arguments: argparse.Namespace) -> GrpoRecipe:
+    """A recipe as it is used here."""
+    check_model_path(recipe.model.path)
     if arguments.samples < 1:
         raise BadInput(f"--samples {arguments.samples}: give 1 or more")
     data = recipe.data.model_copy(update={"workers": 0, "eval": None})
@@ -145,6 +154,11 @@ def sampling_job(command: str, recipe: GrpoRecipe, arguments: argparse.Namespace
     """The recipe's rows and what the attempts at them depend on."""
     rows = open_sources(recipe.data.train_sources, recipe.data.columns, "train", "data.train")
     rows.weights = None  # each row once, whatever the mixture
+    return job_on(rows, command, recipe, arguments, **settings)
+
+
+def job_on(rows: JoinedRows, command: str, recipe: GrpoRecipe, arguments: argparse.Namespace, **settings: Any) -> Job:
+    """The same for rows that are open."""
     rollout = recipe.rollout.model_dump(mode="json", exclude=set(FREE_KEYS))
     data = recipe.data.model_dump(mode="json", include={"train", "thinking", "video_frames", "max_prompt_length"})
     model = recipe.model.model_dump(mode="json") | {"files": weights_of(recipe)}
@@ -159,7 +173,7 @@ def weights_of(recipe: GrpoRecipe) -> list[str]:
 
 
 @contextmanager
-def open_sampler(recipe: GrpoRecipe, job: Job, count: int) -> Iterator[Sampler]:
+def open_sampler(recipe: GrpoRecipe, job: Job, count: int, greedy: bool = False) -> Iterator[Sampler]:
     """The model in its engine, which is checked against the model itself as before a training run."""
     from rewards import algebra_pool
     from sail_rl.checkpoint import full_parameters
@@ -167,7 +181,7 @@ def open_sampler(recipe: GrpoRecipe, job: Job, count: int) -> Iterator[Sampler]:
     from sail_rl.launch import start_run
     from sail_rl.model.load import image_token_ids, load_model
     from sail_rl.parity import check_parity
-    from sail_rl.sampling import training_sampling
+    from sail_rl.sampling import greedy_sampling, training_sampling
     from sail_rl.sharding import Whole
 
     run = start_run(recipe)
@@ -180,7 +194,8 @@ def open_sampler(recipe: GrpoRecipe, job: Job, count: int) -> Iterator[Sampler]:
     engine = make_engine(run, whole, processor, suppressed)
     try:
         engine.load_weights(full_parameters(model), version=0)
-        sampler = Sampler(recipe, job.output.parent, processor, engine, training_sampling(recipe), count)
+        sampling = greedy_sampling(recipe) if greedy else training_sampling(recipe)
+        sampler = Sampler(recipe, job.output.parent, processor, engine, sampling, count)
         check_parity(run, whole, engine, sampler.stream(job), suppressed)
         yield sampler
     finally:
