@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import pytest
 from conftest import ROOT
 
 from benchmarks.answer_mix import GROUP, KINDS, cases
@@ -34,7 +35,9 @@ def test_the_whole_command(tmp_path):
     rows = {row["side"]: row for row in written["rows"]}
     assert rows.keys() == {"ours", "trl", "verl"}
     for other in ("trl", "verl"):
-        assert rows[other]["ratio"] > 0  # 13 on a busy machine; one short round there may find anything
+        # How large it is, the benchmark shows: one short round on a busy machine may find anything.
+        speeds = rows["ours"]["per_second"] / rows[other]["per_second"]
+        assert rows[other]["ratio"] == pytest.approx(speeds, rel=0.01)
         assert rows["ours"]["right_on_mix"] > rows[other]["right_on_mix"] > 0.8
         assert rows["ours"]["right_on_pairs"] > rows[other]["right_on_pairs"] > 0.7
     assert "| trl |" in (tmp_path / "rewards.md").read_text()
