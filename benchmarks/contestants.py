@@ -24,6 +24,7 @@ from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
 from sail_rl.losses import loss_normaliser
 from sail_rl.model.load import prepare_for_training
+from sail_rl.model.segment_kernels import Attention
 from sail_rl.optimizer import make_optimizer, set_learning_rate
 from sail_rl.policy import Policy
 from sail_rl.questions import Question
@@ -69,13 +70,19 @@ def our_contestant(
     accelerator: Accelerator | None = None,
     token_budget: int | None = None,
     shard: Shard | None = None,
+    policy: Any = None,
+    attention: Attention = "sdpa",
+    trainer: Mapping[str, Any] | None = None,
 ) -> Contestant:
-    """What train_grpo.py does between `make_batches` and the end of `update_policy`, with a change to the model."""
-    recipe = our_recipe(mode)
-    policy = copy.deepcopy(world.model)
+    """What train_grpo.py does between `make_batches` and the end of `update_policy`, with a change to the model.
+
+    `policy` is trained itself; without it a copy of the world's model is.
+    """
+    recipe = our_recipe(mode, trainer or {})
+    policy = copy.deepcopy(world.model) if policy is None else policy
     prepare_for_training(policy, recipe.trainer.gradient_checkpointing)
     run = Run(recipe, Path(recipe.output_dir), accelerator or Accelerator(cpu=True), shard or Shard())
-    model, optimizer = run.accelerator.prepare(Policy(policy), optimizer_of(policy, recipe.optim))
+    model, optimizer = run.accelerator.prepare(Policy(policy, attention), optimizer_of(policy, recipe.optim))
     set_learning_rate(optimizer, recipe.optim, step=1, max_steps=1)
     idle = idle_group(world.processor, with_picture=run.shard.world_size > 1)
     advantages = group_advantages(world.rewards_N, world.cell.size, recipe.grpo.scale_rewards)
@@ -95,19 +102,22 @@ def our_contestant(
     return Contestant(policy, step, recipe.update.model_dump())
 
 
-def our_recipe(mode: str) -> GrpoRecipe:
+def our_recipe(mode: str, trainer: Mapping[str, Any]) -> GrpoRecipe:
     """The defaults, which are TRL's where both have the key."""
     required = {"model": {"random_init": "tiny"}, "data": {"train": "pictures"}, "rewards": [{"function": "accuracy"}]}
     return GrpoRecipe.model_validate(
-        required | {"output_dir": FOLDER, "update": {"mode": mode}, "trainer": {"max_steps": 1}}
+        required | {"output_dir": FOLDER, "update": {"mode": mode}, "trainer": {"max_steps": 1, **trainer}}
     )
 
 
-def trl_contestant(world: World) -> Contestant:
-    """Log-probabilities, loss, backward, clip and step of the real trainer, a whole group per micro-batch."""
-    trainer = trl_trainer(world, copy.deepcopy(world.model))
+def trl_contestant(world: World, policy: Any = None, optimizer: Any = None, **settings: Any) -> Contestant:
+    """Log-probabilities, loss, backward, clip and step of the real trainer, a whole group per micro-batch.
+
+    `policy` is trained itself, and by the optimizer; without them a copy of the world's model is.
+    """
+    trainer = trl_trainer(world, copy.deepcopy(world.model) if policy is None else policy, settings)
     inputs = trl_inputs(trainer, world)
-    model, optimizer = trainer.model, trainer.create_optimizer()
+    model, optimizer = trainer.model, optimizer or trainer.create_optimizer()
 
     def step() -> Outcome:
         optimizer.zero_grad()
@@ -124,7 +134,7 @@ def trl_contestant(world: World) -> Contestant:
     return Contestant(model, step, trl_settings(trainer))
 
 
-def trl_trainer(world: World, model):
+def trl_trainer(world: World, model, more: Mapping[str, Any]):
     """GRPOTrainer at its best: on-policy without a pass for old log-probabilities, no recomputed activations."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -140,7 +150,7 @@ def trl_trainer(world: World, model):
     settings: dict[str, Any] = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     settings |= {"per_device_train_batch_size": world.cell.size, "num_generations": world.cell.size}
     settings |= {"gradient_accumulation_steps": world.cell.groups, "max_completion_length": world.cell.completion}
-    args, data = GRPOConfig(f"{FOLDER}/trl", **settings), Dataset.from_list([{"prompt": "unused"}])
+    args, data = GRPOConfig(f"{FOLDER}/trl", **(settings | more)), Dataset.from_list([{"prompt": "unused"}])
     trainer = GRPOTrainer(model, reward, args, data, processing_class=world.processor, rollout_func=rollout_func)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = world.cell.groups  # as its training loop would

@@ -1,10 +1,11 @@
-"""Does a curriculum save rollouts? A small set of fair and of hard questions, asked again and again, with and without.
+"""Does a curriculum save rollouts? A few fair questions among many that are too hard, asked again and again.
 
     .venv/bin/python benchmarks/curriculum.py [--seeds 0 1 2]
         (one to two minutes a run on 2 quiet cores; finished runs are skipped, so it can be stopped and resumed)
 
 The start is the quickstart's SFT, which can add two cards but mostly guesses, and has seen no question about shapes.
-Half of the questions are sums of cards, half are about shapes. Writes benchmarks/results/curriculum.{json,md}.
+A quarter of the questions are sums of cards, the rest are about shapes, and are not learnt in this time. Accuracy is
+that on unseen sums. Writes benchmarks/results/curriculum.{json,md}.
 """
 
 import argparse
@@ -19,11 +20,10 @@ from benchmarks.quickstart_runs import launch, sft_start
 
 STEPS, SHORT_STEPS = 60, 2
 EVAL_EVERY = 5
-REACHED = 0.45  # accuracy
-SUMS = "{source: pictures, families: [cards], levels: [1], forms: [sum], rows: 64, seed: 1}"
-OTHERS = "{source: pictures, families: [shapes], levels: [2, 3], rows: 64, seed: 1}"
-EVAL = "[{source: pictures, families: [cards], levels: [1], forms: [sum], rows: 150}, "
-EVAL += "{source: pictures, families: [shapes], levels: [2, 3], rows: 150}]"
+REACHED = 0.9  # accuracy
+SUMS = "{source: pictures, families: [cards], levels: [1], forms: [sum], rows: 32, seed: 1}"
+OTHERS = "{source: pictures, families: [shapes], levels: [2, 3], rows: 96, seed: 1}"
+EVAL = "{source: pictures, families: [cards], levels: [1], forms: [sum], rows: 300}"
 RUNS = {
     "in turn": (),
     "curriculum": ("data.curriculum={}",),
@@ -54,7 +54,7 @@ def main() -> None:
         for name in arguments.only:
             run_of(name, seed, arguments.short)
             rows = finished_rows(arguments.short)
-            text = f"Greedy accuracy on 300 unseen questions, half of each kind.\n\n{markdown(summary(rows), COLUMNS)}"
+            text = f"Greedy accuracy on 300 unseen sums.\n\n{markdown(summary(rows), COLUMNS)}"
             save(path, {"machine": here, "rows": rows}, text)
 
 
@@ -67,7 +67,7 @@ def run_of(name: str, seed: int, short: bool) -> None:
     """One training run through its real command; a finished one returns at once."""
     overrides = [*RUNS[name], f"data.train=[{SUMS}, {OTHERS}]", f"seed={seed}", f"model={sft_start(seed, short)}"]
     overrides += [f"trainer.eval_every={EVAL_EVERY}", f"output_dir={folder_of(name, seed, short)}"]
-    overrides += [f"data.eval={EVAL.replace('150', '4') if short else EVAL}"]
+    overrides += [f"data.eval={EVAL.replace('300', '8') if short else EVAL}"]
     launch("sail_rl/train_grpo.py", "recipes/quickstart.yaml", SHORT_STEPS if short else STEPS, *overrides)
 
 

@@ -124,10 +124,12 @@ def scaled_config(processor: SailVL2Processor, depth: int = 1) -> SailVL2Config:
     )
 
 
-def exact_prompt(processor: SailVL2Processor, cell: Cell, rng: np.random.Generator) -> tuple[Prompt, str]:
+def exact_prompt(
+    processor: SailVL2Processor, cell: Cell, rng: np.random.Generator, side: int = TILE_SIDE
+) -> tuple[Prompt, str]:
     """A prompt of exactly as many tokens, a picture with the cell's tiles and then text; and its question."""
     length = cell.prompt
-    picture = noise_picture(cell.tiles or length // TOKENS_PER_TILE - 2, rng)
+    picture = noise_picture(cell.tiles or length // TOKENS_PER_TILE - 2, rng, side)
     missing = length - len(encode(processor, picture, QUESTION).token_ids)
     question = QUESTION + FILLER * missing
     prompt = encode(processor, picture, question)
@@ -136,9 +138,9 @@ def exact_prompt(processor: SailVL2Processor, cell: Cell, rng: np.random.Generat
     return prompt, question
 
 
-def noise_picture(tiles: int, rng: np.random.Generator) -> Image.Image:
+def noise_picture(tiles: int, rng: np.random.Generator, side: int) -> Image.Image:
     """A picture that is cut into `tiles` tiles, in two rows; the processor adds a thumbnail."""
-    shape = (2 * TILE_SIDE, tiles // 2 * TILE_SIDE, 3)
+    shape = (2 * side, tiles // 2 * side, 3)
     return Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
 
 

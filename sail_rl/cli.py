@@ -41,6 +41,11 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", type=Path, help="a folder for the table and for both answers to each question")
     compare.set_defaults(run_command=compare_evaluations)
     add_exchange(commands)
+    pipeline = commands.add_parser("pipeline", help="all stages from a basic model to its Thinking variant")
+    pipeline.add_argument("recipe", help="a YAML file of stages, such as recipes/pipeline_tiny.yaml")
+    pipeline.add_argument("overrides", nargs="*", metavar="key.sub=value", help="its keys to change, such as seed=1")
+    pipeline.add_argument("--dry-run", action="store_true", help="check all recipes, print the commands and stop")
+    pipeline.set_defaults(run_command=run_stages)
     add_rewards(commands.add_parser("rewards", help="try a reward function, or look at what a run's rewards judged"))
     add_data(commands.add_parser("data", help="make rows for training from other rows"))
     serve = commands.add_parser("serve-rollouts", help="a vLLM server for trainers with rollout.engine = vllm_server")
@@ -139,6 +144,13 @@ def examine_recipe(arguments: argparse.Namespace) -> None:
 
     if not examine(arguments.recipe, arguments.overrides):
         sys.exit(EXIT_BAD_INPUT)
+
+
+def run_stages(arguments: argparse.Namespace) -> None:
+    """What is finished is skipped."""
+    from sail_rl.pipeline import run_pipeline
+
+    run_pipeline(arguments.recipe, arguments.overrides, arguments.dry_run)
 
 
 def make_report(run: Path) -> None:

@@ -5,7 +5,7 @@ Nothing here imports torch, so that `--help`, `--dry-run` and mistakes are answe
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from rewards.call import RewardError
 from rewards.mix import Mixing, check_mix
@@ -166,7 +166,10 @@ class TrainerSection(Section):
     """Steps between saved samples of completions, with their pictures."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` goes on from the newest checkpoint in output_dir; `never` refuses a folder that has a run."""
-    mixed_precision: Literal["no", "bf16"] = "no"
+    # YAML reads a bare `no` as false.
+    mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(lambda told: "no" if told is False else told)] = (
+        "no"
+    )
     gradient_checkpointing: bool = False
     profile: bool = False
     """Write `profile/` in output_dir: a table of phase times and MFU, and a trace of the second and third step."""

@@ -47,8 +47,8 @@ class ModelSection(Section):
     """Weight of the load-balancing loss of a mixture of experts (Switch Transformer's, over a micro-batch of
     all processes). 0, as the Qwen3 checkpoints have it switched off; 0.001 is what their configuration names."""
     use_liger_kernel: bool = False
-    """Liger's Triton kernels for the language model's norms, gated layers and rotary embedding. A GPU and
-    `--extra liger` are needed; benchmarks/kernels.py says what they gain."""
+    """Liger's Triton kernels for norms, gated layers and rotary embedding. A GPU and `--extra liger` are needed; they
+    pay where groups are large (benchmarks/update_2b.py)."""
     max_tiles: Annotated[int, Field(ge=1)] | None = None
     """Most tiles a picture is cut into; the checkpoint's own value when left out. Qwen-VL cuts no tiles."""
     min_tiles: Annotated[int, Field(ge=1)] | None = None

@@ -31,7 +31,9 @@ from sail_rl.model.prefix_sharing import (
 )
 from sail_rl.model.segment_kernels import IMPLEMENTATIONS, Attention
 
-LOGITS_AT_ONCE = 2**25  # 128 MiB in float32; more are computed in parts, and again for the gradient
+# In float32 128 and 512 MiB; more are computed in parts, and again for the gradient. Each part adds a whole gradient of
+# the head, which a GPU is fast enough to notice.
+LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27}
 
 
 class Policy(nn.Module):
@@ -79,7 +81,8 @@ def token_terms(
         return token_log_probs(logits_NV, tokens, temperature, suppressed, filters, seen_NV, train_entropy)
 
     first_BV = places_seen(batch, head.out_features, filters)
-    terms = in_parts(of_part, max(1, LOGITS_AT_ONCE // head.out_features), hidden_ND, tokens_N, *places)
+    at_once = max(1, LOGITS_AT_ONCE[hidden_ND.device.type] // head.out_features)
+    terms = in_parts(of_part, at_once, hidden_ND, tokens_N, *places)
     placed = (zeros_BC.index_put(places, values_N.float()) for values_N in terms)
     log_probs_BC, entropy_BC, likeliest_BC = placed
     return PolicyTerms(log_probs_BC, entropy_BC, likeliest_BC)

@@ -16,7 +16,7 @@ from sail_rl.batch import Group
 from sail_rl.config import GrpoRecipe
 from sail_rl.data.packing import idle_group, make_batches
 from sail_rl.model.load import image_token_ids
-from sail_rl.policy import Policy, compute_prompt, token_terms
+from sail_rl.policy import LOGITS_AT_ONCE, Policy, compute_prompt, token_terms
 from sail_rl.sampling import greedy_sampling, tell_filters, training_sampling
 
 R, V, LENGTH, GROUP = 20, 30, 10, 3
@@ -129,7 +129,7 @@ def test_logits_in_parts_are_filtered_alike(world, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "split", lambda t, *args: sizes.append(args) or own(t, *args))
     whole = token_terms(world.model, batch, 1.0, world.suppressed, filters=FILTERS["all"])
     assert not sizes
-    monkeypatch.setattr("sail_rl.policy.LOGITS_AT_ONCE", 2 * world.model.config.text_config.vocab_size)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 2 * world.model.config.text_config.vocab_size)
     parts = token_terms(world.model, batch, 1.0, world.suppressed, filters=FILTERS["all"])
     assert sizes
     for one, other in zip(whole, parts, strict=True):

@@ -57,12 +57,9 @@ def terms_and_gradients(model, batch):
     return terms.log_probs_BT.detach(), {n: w.grad for n, w in model.named_parameters() if w.grad is not None}
 
 
-@pytest.mark.parametrize(
-    ("family", "norms", "gated"),
-    [("tiny", 4, 1), ("tiny_qwen3_vl", 4, 1), ("tiny_internvl", 4, 1), ("qwen2_5_vl", 2, 1), ("mixture", 4, 0)],
-)
-def test_log_probs_and_gradients_stay(calls, family, norms, gated):
-    """Norms and gated layers of each decoder layer, and the last norm; a mixture's experts keep their own kernel."""
+@pytest.mark.parametrize("family", ["tiny", "tiny_qwen3_vl", "tiny_internvl", "qwen2_5_vl", "mixture"])
+def test_log_probs_and_gradients_stay(calls, family):
+    """Each norm and gated layer of tower and language model once; a mixture's experts keep their own kernel."""
     if family == "mixture":
         processor = processor_for_questions()
         model, batch = mixture(processor), make_batch(groups(processor))
@@ -76,8 +73,10 @@ def test_log_probs_and_gradients_stay(calls, family, norms, gated):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    norms = sum(type(module).__name__.endswith("RMSNorm") for module in model.modules())
+    gated = sum(name.endswith("gate_proj") for name, _ in model.named_modules())
     layers = len(changed.base_model.language_model.layers)
-    assert calls == {"norm": norms * layers + 1, "silu": gated * layers, "rotary": layers}
+    assert calls == {"norm": norms, "silu": gated, "rotary": layers}
 
 
 def test_it_is_refused_where_it_cannot_run(monkeypatch, tmp_path):

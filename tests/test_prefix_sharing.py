@@ -20,7 +20,7 @@ from sail_rl.model import prefix_sharing
 from sail_rl.model.frozen_tower import vision_tower
 from sail_rl.model.load import prepare_for_training
 from sail_rl.model.prefix_sharing import Layout, obstacle, segment_attention
-from sail_rl.policy import Policy
+from sail_rl.policy import LOGITS_AT_ONCE, Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Of each question: ragged, of one token, empty.
@@ -93,7 +93,7 @@ def test_rows_of_segments_equal_padded_rows(case, padded, form):
 
 def test_gradient_checkpointing_and_parts_of_logits_change_nothing(case, padded, monkeypatch):
     model, groups = case
-    monkeypatch.setattr("sail_rl.policy.LOGITS_AT_ONCE", 7 * model.get_output_embeddings().weight.shape[0])
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 7 * model.get_output_embeddings().weight.shape[0])
     prepare_for_training(model, gradient_checkpointing=True)
     try:
         assert_same(log_probs_and_gradients(model, groups, "shared"), padded)

@@ -18,7 +18,7 @@ from sail_rl.config import GrpoRecipe, SftRecipe
 from sail_rl.data.example import make_example
 from sail_rl.data.sources import open_rows
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.name.startswith("pipeline"))
 ACCELERATE = (str(BIN / "accelerate"), "launch")
 FAMILIES = {
     "rlvr.yaml": ("tiny", "SailVL2ForConditionalGeneration"),

@@ -2,20 +2,15 @@
 
 import base64
 import json
-import os
 import re
-import socket
-import subprocess
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BIN, ROOT, command
+from conftest import BIN, command
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from vllm_answers import ENGINE
+from vllm_serving_process import vllm_serve
 
 import sail_rl.model  # noqa: F401
 from rollouts import Prompt, Sampling
@@ -193,52 +188,23 @@ def test_serve_answers_an_openai_client(trained, prompts, tmp_path):
     """`vllm serve`, its engine in processes of its own; a picture as base64, the think block apart."""
     from openai import OpenAI
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--reasoning-parser", "qwen3"]
-    options += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
-    log = tmp_path / "server.log"
-    server = subprocess.Popen(
-        [BIN / "vllm", "serve", trained, *options],
-        cwd=ROOT,
-        env=os.environ | ENGINE | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        stdout=log.open("w"),
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        wait_for(server, log, f"http://127.0.0.1:{port}/health")
+    options = ["--max-model-len", "512", "--reasoning-parser", "qwen3"]
+    with vllm_serve(trained, tmp_path / "server.log", *options) as url:
         picture = base64.b64encode(Path(prompts[0]["images"][0]).read_bytes()).decode()
         content = [
             {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
             {"type": "text", "text": re.search(r"\n(What.*\?) ", prompts[0]["text"])[1]},
         ]
-        reply = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none").chat.completions.create(
+        reply = OpenAI(base_url=url, api_key="none").chat.completions.create(
             model="tiny",
             messages=[{"role": "user", "content": content}],
             temperature=0,
             max_tokens=LENGTH,
             extra_body={"chat_template_kwargs": {"enable_thinking": True}},
         )
-    finally:
-        server.terminate()
-        server.wait(60)
     ((_, rollout),) = ask_transformers(*load(trained), prompts[:1])
     message = reply.choices[0].message
     assert rollout.text.startswith("<think>")
     assert message.reasoning
     blocks = rollout.text.removeprefix("<think>").split("</think>")
     assert [message.reasoning, *filter(None, [message.content])] == blocks
-
-
-def wait_for(server, log, url):
-    """Until the server answers; what it said, if it ends instead."""
-    for _ in range(300):
-        if server.poll() is not None:
-            raise AssertionError(log.read_text()[-5000:])
-        try:
-            urllib.request.urlopen(url, timeout=2)
-            return
-        except OSError:
-            time.sleep(1)
-    raise AssertionError(f"{url} did not answer in time")

@@ -1,13 +1,7 @@
 """The judge's client against `vllm serve` with a tiny model, whose replies the schema keeps in form."""
 
-import os
-import socket
-import subprocess
-
 import pytest
-from conftest import BIN, ROOT
-from test_vllm import wait_for
-from vllm_answers import ENGINE
+from vllm_serving_process import vllm_serve
 
 from rewards import think_quality_reward
 from rewards.call import RewardError
@@ -22,26 +16,11 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def endpoint(start, tmp_path_factory):
     """The address of a server with a tiny model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--served-model-name", "tiny"]
     # A model that knows nothing would else write blanks between the braces for ever.
-    options += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
+    options = ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
     log = tmp_path_factory.mktemp("server") / "server.log"
-    server = subprocess.Popen(
-        [BIN / "vllm", "serve", start, *options, "--host", "127.0.0.1", "--port", str(port)],
-        cwd=ROOT,
-        env=os.environ | ENGINE | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        stdout=log.open("w"),
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        wait_for(server, log, f"http://127.0.0.1:{port}/health")
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.wait(60)
+    with vllm_serve(start, log, "--max-model-len", "4096", *options) as url:
+        yield url
 
 
 def test_verdicts_on_pictures(endpoint, tmp_path):

@@ -1,4 +1,4 @@
-"""Liger's Triton kernels for a language model's norms, gated feed-forward layers and rotary embedding, on a GPU.
+"""Liger's Triton kernels for a model's RMS norms, gated feed-forward layers and rotary embedding, on a GPU.
 
 Losses are not taken from it: the log-probabilities of policy.py are computed in parts already.
 """
@@ -26,11 +26,11 @@ def require_liger() -> None:
 
 
 def use_liger(model: Any) -> None:
-    """Let the language model compute with them. The rotary embedding is exchanged for every model of its kind in this
-    process, since transformers has it as a function."""
+    """Let tower and language model compute with them. The rotary embedding is exchanged for every model of its kind in
+    this process, since transformers has it as a function."""
     from liger_kernel.transformers.functional import liger_rope
 
-    for module in model.base_model.language_model.modules():
+    for module in model.base_model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = MethodType(root_mean_square_norm, module)
         elif is_gated_silu(module):
