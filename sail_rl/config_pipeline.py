@@ -108,6 +108,11 @@ class PipelineRecipe(Section):
         return [REFERENCE.sub(lambda found: str(self.output_of(found[1])), text) for text in texts]
 
     @property
+    def merges(self) -> list[str]:
+        """Names of the stages that average models."""
+        return [stage.name for stage in self.stages if stage.merge]
+
+    @property
     def final(self) -> Stage:
         """The stage whose model is the result."""
         return self.stages[-1]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,18 @@ def run_pipeline(path: str, overrides: list[str], dry_run: bool = False) -> None
     folder.mkdir(parents=True, exist_ok=True)
     done = read_state(folder)
     refuse_changes(pipeline, done)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for number, stage in enumerate(pipeline.stages, 1):
         print(f"\n[{number}/{len(pipeline.stages)}] {stage.name}: {what(stage)}", flush=True)
         for name, command in commands_of(pipeline, stage).items():
             if name in done:
                 print(f"{name} is finished", flush=True)
                 continue
-            seconds = run_command(name, command, pipeline, path, overrides)
+            # A merge is whole or absent, and refuses a folder that is there.
+            whole = name in pipeline.merges and pipeline.output_of(name).is_dir()
+            seconds = (
+                0.0 if whole else run_command(name, command, shlex.join(["sail-rl", "pipeline", path, *overrides]))
+            )
             done[name] = command.record | {"seconds": round(seconds, 1), "command": shlex.join(command.words)}
             write_json(folder / STATE, done)
         write_pages(pipeline, done)
@@ -109,7 +115,7 @@ def evaluations_of(pipeline: PipelineRecipe, stage: Stage) -> dict[str, Command]
     asked = pipeline.evaluation
     if asked is None or not stage.makes_model or not stage.evaluate:
         return {}
-    folder, model = Path(pipeline.output_dir) / stage.name, f"model={pipeline.output_of(stage.name)}"
+    folder, model = Path(pipeline.output_dir) / stage.name, f"model.path={pipeline.output_of(stage.name)}"
     limit = ["--limit", str(asked.limit)] if asked.limit else []
     found = {}
     for mode, changes in asked.modes.items():
@@ -142,10 +148,10 @@ def refuse_changes(pipeline: PipelineRecipe, done: Mapping[str, Any]) -> None:
             )
 
 
-def run_command(name: str, command: Command, pipeline: PipelineRecipe, path: str, overrides: list[str]) -> float:
+def run_command(name: str, command: Command, again: str) -> float:
     """Run to the end; seconds. An interruption is passed on, and ends the pipeline once the stage has ended."""
     print(f"$ {shlex.join(command.words)}", flush=True)
-    started, again = time.perf_counter(), shlex.join(["sail-rl", "pipeline", path, *overrides])
+    started = time.perf_counter()
     process = subprocess.Popen(command.words)
     try:
         code = process.wait()
@@ -159,10 +165,20 @@ def run_command(name: str, command: Command, pipeline: PipelineRecipe, path: str
 
 
 def end(process: subprocess.Popen) -> None:
-    """Let a stage end itself. Ctrl-C has reached it too; a signal to the pipeline alone has not."""
+    """Let a stage end itself; a second interruption kills it. Ctrl-C has reached it too, a signal to this process alone
+    has not."""
     try:
-        process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-            one.send_signal(signal.SIGINT)
-        process.wait()
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            send_to_all(process, signal.SIGINT)
+            process.wait()
+    except KeyboardInterrupt:
+        send_to_all(process, signal.SIGKILL)
+
+
+def send_to_all(process: subprocess.Popen, number: signal.Signals) -> None:
+    """To a stage's processes: a launcher does not pass signals on."""
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            one.send_signal(number)
