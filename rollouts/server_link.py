@@ -92,6 +92,15 @@ class Link:
                     raise
                 time.sleep(NEW_TRY)
 
+    def own_address(self, limit: float) -> str:
+        """This machine's address, as the server can reach it."""
+        address = urlsplit(self.url)
+        try:
+            with socket.create_connection((address.hostname or "", address.port or 80), limit) as connection:
+                return connection.getsockname()[0]
+        except OSError as mistake:
+            raise ServerFault(f"{self.url}: {mistake!r}{self.last_words()}") from mistake
+
     def last_words(self) -> str:
         """How a process of ours has ended, for a message."""
         return ""

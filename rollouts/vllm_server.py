@@ -1,8 +1,9 @@
 """vLLM in processes of its own: servers that the trainer starts, or that run already, on this machine or others.
 
-New weights are written to files once, and every server is sent those; a server that has died or lost its weights gets
-them again. Whatever goes wrong is tried again a few times: the server is started anew (or waited for),
-given the weights, and the missing groups are asked for anew. A group comes whole, from one request, or not at all.
+New weights are written to files once, and every server is sent those, over HTTP or from GPU to GPU; a server that has
+died or lost its weights gets them again. Whatever goes wrong is tried again a few times: the server is started anew (or
+waited for), given the weights, and the missing groups are asked for anew. A group comes whole, from one request, or not
+at all.
 
 Several trainer processes call every function together; the first of them starts servers and pushes weights.
 """
@@ -24,6 +25,7 @@ from rollouts import Finished, Prompt, Rollout, Sampling, unheard, wire
 from rollouts.in_thread import in_thread
 from rollouts.server_link import Lacking, Link, OwnLink, Refused, ServerFault
 from rollouts.vllm_colocate import Received, digest_of_pixels
+from rollouts.weight_channel import Sender
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Limits:
     request: float
     restarts: int
     """Tries after the first one, in a row."""
+    channels: bool = False
+    """Send weights through process groups in place of HTTP."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class ServerEngine:
         self.started: set[int] = set()  # servers that have the engine
         self.pushed: dict[int, str] = {}  # the weights that a server has
         self.shards: list[Path] = []
+        self.channels: dict[int, Sender] = {}
         self.pushes = 0
         self.weight_version: int | None = None
         self.trainer = crew.gather([uuid4().hex])[0]  # other trainers may push to the same servers
@@ -156,6 +161,8 @@ class ServerEngine:
 
     def close(self) -> None:
         """End the server that was started, and drop the weights' files."""
+        for channel in self.channels.values():
+            channel.close()
         for link in self.links:
             if isinstance(link, OwnLink):
                 link.end()
@@ -198,12 +205,30 @@ class ServerEngine:
                 self.started.add(number)
             if self.weight_version is not None and self.pushed.get(number) != self.weights:
                 self.pushed.pop(number, None)
-                message = {"version": self.weight_version, "weights": self.weights}
-                link.call("/push", self.limits.push, wire.pack(message), self.shards)
+                self._push(number, link, {"version": self.weight_version, "weights": self.weights})
                 self.pushed[number] = self.weights
         except ServerFault as fault:
             return [Fault(number, type(fault), str(fault))]
         return []
+
+    def _push(self, number: int, link: Link, message: dict[str, Any]) -> None:
+        """The newest weights to one server, in the request's body or beside it."""
+        limit = self.limits.push
+        if not self.limits.channels:
+            link.call("/push", limit, wire.pack(message), self.shards)
+            return
+        if number not in self.channels:
+            self.channels[number] = Sender(link.own_address(limit), limit)
+        channel = self.channels[number]
+        sending = in_thread(channel.send, self.shards)
+        try:
+            link.call("/push", limit, wire.pack(message | {"channel": channel.told(self.shards)}))
+            sending.result()
+        except (ServerFault, RuntimeError) as mistake:
+            self.channels.pop(
+                number
+            ).close()  # with it ends what is being sent; who still waits for a server does later
+            raise mistake if isinstance(mistake, ServerFault) else ServerFault(f"{link.url}/push: {mistake}") from None
 
     def _share_addresses(self) -> None:
         """A server that was started anew has another one."""
@@ -219,6 +244,8 @@ class ServerEngine:
                 link.end()
             self.started.discard(fault.server)
             self.pushed.pop(fault.server, None)
+            if channel := self.channels.pop(fault.server, None):
+                channel.close()
 
     def _announce(self, faults: Sequence[Fault], tries: int) -> None:
         for fault in faults:

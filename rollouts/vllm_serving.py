@@ -26,6 +26,7 @@ from safetensors.torch import load
 
 from rollouts import Prompt, Rollout, Sampling, wire
 from rollouts.vllm_colocate import VLLMEngine
+from rollouts.weight_channel import Receiver
 
 PR_SET_PDEATHSIG = 1
 LISTENING = "waiting for a trainer"
@@ -55,6 +56,7 @@ class Host:
         self.setup: str | None = None
         self.engine: VLLMEngine | None = None
         self.weights: str | None = None
+        self.channel: Receiver | None = None
 
     def work(self, job: Job) -> dict[str, Any]:
         """The answer to a request."""
@@ -108,9 +110,22 @@ class Host:
     def push(self, engine: VLLMEngine, message: dict[str, Any], more: Iterator[bytes]) -> dict[str, Any]:
         """Take weights; none are left if they do not all come."""
         self.weights = None
-        engine.load_weights((pair for content in more for pair in sorted(load(content).items())), message["version"])
+        if told := message.get("channel"):
+            weights = self.channel_to(told["address"], told["limit"]).receive(told["headers"])
+        else:
+            weights = (pair for content in more for pair in sorted(load(content).items()))
+        engine.load_weights(weights, message["version"])
         self.weights = message["weights"]
         return {}
+
+    def channel_to(self, address: list[Any], limit: float) -> Receiver:
+        """The one to a trainer, which makes another one after a fault."""
+        if self.channel is None or self.channel.address != address:
+            if self.channel is not None:
+                self.channel.close()
+            self.channel = None
+            self.channel = Receiver(address, limit)
+        return self.channel
 
 
 def make_engine(folder: Path, setup: wire.Setup) -> VLLMEngine:

@@ -34,6 +34,9 @@ class ServerSection(Section):
     urls: list[Annotated[str, Field(pattern=r"^http://[^/:]+:\d+/?$")]] = Field(default=[])
     """Servers that run already, each started with `sail-rl serve-rollouts --port 8000`, such as http://node7:8000.
     Prompts are shared out among them. When left out, the trainer starts one on its own machine, which ends with it."""
+    weights: Literal["http", "nccl"] = "http"
+    """How new weights reach servers. `nccl` takes them from GPU to GPU, where both sides have GPUs of their own (gloo
+    does it on a CPU, for a try). They are written to files in output_dir either way."""
     start_limit: Annotated[float, Field(gt=0)] = 900
     """For a server to be there and have its engine."""
     push_limit: Annotated[float, Field(gt=0)] = 600

@@ -75,7 +75,9 @@ def make_server_engine(run: Run, model, processor, suppressed: list[int]) -> Rol
         picture=picture_tokens(processor),
         settings=settings,
     )
-    limits = Limits(server.start_limit, server.push_limit, server.request_limit, server.restarts)
+    limits = Limits(
+        server.start_limit, server.push_limit, server.request_limit, server.restarts, channels=server.weights == "nccl"
+    )
     wait = max(LEAST_WAIT, limits.start + limits.push + limits.request + 2**limits.restarts)
     crew = Crew(shard.rank, shard.world_size, patient_gather(shard, wait))
     vocabulary = model.config.get_text_config().vocab_size

@@ -231,6 +231,23 @@ def test_a_server_that_stays_wrong_ends_the_run(world, model, naps):
     assert naps == [1, 2]
 
 
+def test_weights_by_a_process_group(world, model, naps):
+    """gloo here, NCCL on GPUs: one group for all pushes, and another one after a fault."""
+    engine = another_engine(world, [world.engine.links[0].url], channels=True)
+    ours = SimpleNamespace(**vars(world) | {"engine": engine})
+    for version in (1, 2):
+        change(model, "")
+        engine.load_weights(full_parameters(model), version)
+        assert gap(ours, model) < CLOSE
+    (channel,) = engine.channels.values()
+    channel.close()
+    change(model, "")
+    engine.load_weights(full_parameters(model), 3)
+    assert gap(ours, model) < CLOSE
+    assert engine.channels[0] is not channel
+    engine.close()
+
+
 def test_two_servers_share_the_prompts(world, model, naps):
     """By whole groups; what the good server has given is not asked for again."""
     sampling = Sampling(LENGTH, seed=1)
