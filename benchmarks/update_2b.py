@@ -1,6 +1,6 @@
 """One policy update of SAIL-VL2-2B at its real sizes on one GPU: ours by form and kernel against TRL 1.16's.
 
-    python benchmarks/update_2b.py [--short] [--json PATH]            (three minutes on an H200, 80 GB at the most)
+    python benchmarks/update_2b.py [--short] [--json PATH]            (three minutes on an H200, 115 GiB at the most)
 
 Random weights in float32 under bfloat16 autocast, activations computed again for the gradient, as recipes/rlvr.yaml has
 it; eight completions of a prompt, evenly spread from 0.4 of the longest. All sides train the one model with the one
@@ -45,7 +45,7 @@ COLUMNS = {
     "seconds": "seconds",
     "ratio_vs_trl": "times faster than TRL",
     "theory_vs_trl": "FLOP theory",
-    "peak_gb": "peak GB",
+    "peak_gib": "peak GiB",
     "needed": "MFU, needed",
     "done": "MFU, done",
     "distance": "gradient's distance from float32",
@@ -253,7 +253,7 @@ def measure(world, sides: Mapping[str, Callable[..., Any]], rounds: int, distanc
     shape = {"prompt": world.cell.prompt, "completion": world.cell.completion}
     rows = [
         shape
-        | {"side": name, "seconds": wall[name], "ratio_vs_trl": wall["trl"] / wall[name], "peak_gb": peaks[name]}
+        | {"side": name, "seconds": wall[name], "ratio_vs_trl": wall["trl"] / wall[name], "peak_gib": peaks[name]}
         | flops_of(name, world, wall[name])
         | {"distance": f"{distances[name]:.1e}" if name in distances else None}
         for name in sides
@@ -266,7 +266,7 @@ def measure(world, sides: Mapping[str, Callable[..., Any]], rounds: int, distanc
 
 
 def peak_of(policy, side: Callable[..., Any]) -> float | None:
-    """Gigabytes in all; the step warms up, too. None where the GPU has too few."""
+    """GiB in all; the step warms up, too. None where the GPU has too few."""
     import torch
 
     side(False)
