@@ -10,7 +10,7 @@ Several trainer processes call every function together; the first of them starts
 
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -298,7 +298,7 @@ class ServerEngine:
     def _broken_in(self, sampling: Sampling) -> Callable[[Rollout], str | None]:
         """What a completion cannot be, sampled so with this model; None of one that can be."""
         allowed = set(range(self.vocabulary)) - self.suppressed
-        return partial(broken, allowed=allowed, most=sampling.max_completion_length, version=self.weight_version)
+        return partial(wire.broken, allowed=allowed, most=sampling.max_completion_length, version=self.weight_version)
 
     def _faults(self, pending: Pending) -> list[Fault]:
         """Wait for what was asked, asking first if nothing is under way."""
@@ -307,19 +307,3 @@ class ServerEngine:
         faults = [fault for future in pending.asked for fault in future.result()]
         pending.asked = []
         return faults
-
-
-def broken(rollout: Rollout, allowed: Set[int], most: int, version: int | None) -> str | None:
-    """What is wrong with a completion, in words."""
-    ids = rollout.token_ids
-    if not 0 < len(ids) <= most:
-        return f"a completion of {len(ids)} tokens"
-    if len(rollout.log_probs) != len(ids):
-        return f"{len(rollout.log_probs)} log-probabilities for {len(ids)} tokens"
-    if strange := set(ids) - allowed:
-        return f"the token {min(strange)}, which the model cannot write"
-    if rollout.finish_reason not in ("stop", "length"):
-        return f"the finish reason {rollout.finish_reason!r}"
-    if rollout.weight_version != version:
-        return f"weights of version {rollout.weight_version}, not {version}"
-    return None

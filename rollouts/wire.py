@@ -7,7 +7,7 @@ is lines of JSON: `{"part": ...}` for each group, then `{"answer": ...}` or `{"e
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import asdict, dataclass
 from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
@@ -203,6 +203,22 @@ def group_of(
     if faults:
         raise WrongAnswer(f"it answers with {faults[0]}")
     return place, group
+
+
+def broken(rollout: Rollout, allowed: Set[int], most: int, version: int | None) -> str | None:
+    """What is wrong with a completion, in words."""
+    ids = rollout.token_ids
+    if not 0 < len(ids) <= most:
+        return f"a completion of {len(ids)} tokens"
+    if len(rollout.log_probs) != len(ids):
+        return f"{len(rollout.log_probs)} log-probabilities for {len(ids)} tokens"
+    if strange := set(ids) - allowed:
+        return f"the token {min(strange)}, which the model cannot write"
+    if rollout.finish_reason not in ("stop", "length"):
+        return f"the finish reason {rollout.finish_reason!r}"
+    if rollout.weight_version != version:
+        return f"weights of version {rollout.weight_version}, not {version}"
+    return None
 
 
 def received_told(received: Received) -> dict[str, Any]:
