@@ -138,7 +138,7 @@ def exact_prompt(
     return prompt, question
 
 
-def noise_picture(tiles: int, rng: np.random.Generator, side: int) -> Image.Image:
+def noise_picture(tiles: int, rng: np.random.Generator, side: int = TILE_SIDE) -> Image.Image:
     """A picture that is cut into `tiles` tiles, in two rows; the processor adds a thumbnail."""
     shape = (2 * side, tiles // 2 * side, 3)
     return Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
