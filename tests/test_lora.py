@@ -173,7 +173,7 @@ def test_the_final_folder_is_a_whole_model_with_its_adapters_beside_it(base, pro
     logits = logits_of(model, batch)
     whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "final")
     assert type(whole) is type(MODELS[kind](processor))
-    torch.testing.assert_close(logits_of(whole, batch), logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits_of(whole, batch), logits, atol=3e-5, rtol=0)
     names = [load_file(folder / "model.safetensors").keys() for folder in (tmp_path / "final", base / kind)]
     assert names[0] == names[1]
 

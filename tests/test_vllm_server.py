@@ -100,7 +100,12 @@ def test_greedy_answers_are_those_of_the_reference_engine(world, model):
     reference.load_weights(iter(()), 0)
     sampling = Sampling(LENGTH, temperature=0)
     expected = reference.generate(world.prompts, 2, sampling)
-    for ours, theirs in zip(world.engine.generate(world.prompts, 2, sampling), expected, strict=True):
+    assert_alike(world.engine.generate(world.prompts, 2, sampling), expected)
+
+
+def assert_alike(found, expected):
+    """The same completions; log-probabilities may be rounded otherwise where other prompts share a batch."""
+    for ours, theirs in zip(found, expected, strict=True):
         assert replace(ours, log_probs=[]) == replace(theirs, log_probs=[])
         assert ours.log_probs == pytest.approx(theirs.log_probs, abs=CLOSE)
 
@@ -214,7 +219,7 @@ def test_a_spoilt_answer_is_asked_for_again(how, world, model, naps, capsys):
     proxy = Proxy(world.engine.links[0].url, spoil=spoiling(how, 1)).start()
     engine = another_engine(world, [proxy.url], request=8 if how == "late" else 60)
     engine.load_weights(full_parameters(model), 0)
-    assert engine.generate(world.prompts, GROUP, sampling) == expected
+    assert_alike(engine.generate(world.prompts, GROUP, sampling), expected)
     assert naps == [1]
     assert [path for path, _ in proxy.asked] == ["/start", "/push", "/generate"] * 2
     told = capsys.readouterr().err
@@ -257,7 +262,7 @@ def test_two_servers_share_the_prompts(world, model, naps):
     engine = another_engine(world, [good.url, bad.url])
     engine.load_weights(full_parameters(model), 0)
     # Both stand for one real server.
-    assert engine.generate(world.prompts, GROUP, sampling) == expected
+    assert_alike(engine.generate(world.prompts, GROUP, sampling), expected)
     questions = [[wire.unpack(body[8:])[0] for path, body in p.asked if path == "/generate"] for p in (good, bad)]
     assert [[len(asked["prompts"]) for asked in one] for one in questions] == [[2, 1], [1]]
     assert {asked["group_size"] for one in questions for asked in one} == {GROUP}
@@ -283,12 +288,12 @@ def test_killed_in_the_middle_of_an_answer(world, model, capsys):
     told = []
 
     def finished(place, group):
-        assert group == expected[8 * place :][:8]
+        assert_alike(group, expected[8 * place :][:8])
         told.append(place)
         if len(told) == 1:  # the engine has no room for the others' completions yet
             killed.send_signal(signal.SIGKILL)
 
-    assert world.engine.generate(world.prompts, 8, sampling, finished) == expected
+    assert_alike(world.engine.generate(world.prompts, 8, sampling, finished), expected)
     assert sorted(told) == [0, 1, 2]
     assert not psutil.pid_exists(killed.pid)
     told = capsys.readouterr().err
