@@ -225,9 +225,8 @@ class ServerEngine:
             link.call("/push", limit, wire.pack(message | {"channel": channel.told(self.shards)}))
             sending.result()
         except (ServerFault, RuntimeError) as mistake:
-            self.channels.pop(
-                number
-            ).close()  # with it ends what is being sent; who still waits for a server does later
+            # With it ends what is being sent; who still waits for the server to join ends at the limit.
+            self.channels.pop(number).close()
             raise mistake if isinstance(mistake, ServerFault) else ServerFault(f"{link.url}/push: {mistake}") from None
 
     def _share_addresses(self) -> None:

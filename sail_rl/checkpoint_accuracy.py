@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from rollouts.hf import HFEngine
-from sail_rl.command_line import BadInput, load_recipe, read_yaml
-from sail_rl.config import CommonRecipe, GrpoRecipe, SftRecipe
+from sail_rl.command_line import BadInput, load_recipe
+from sail_rl.config import CommonRecipe
+from sail_rl.config_pipeline import trainer_of
 from sail_rl.data.stream import Shard
 from sail_rl.eval import Prediction, by_column, evaluate, share
 from sail_rl.launch import Run
@@ -19,8 +20,7 @@ from sail_rl.questions import question_stream
 
 def read_eval_recipe(path: Path, overrides: list[str] | None = None) -> CommonRecipe:
     """A recipe of either trainer, told apart by its rewards, that has questions to evaluate on."""
-    kind = GrpoRecipe if "rewards" in read_yaml(path) else SftRecipe
-    recipe = load_recipe(kind, path, overrides)
+    recipe = load_recipe(trainer_of(path), path, overrides)
     if recipe.data.eval is None:
         raise BadInput(f"{path}: data.eval names no questions; give it a source")
     return recipe

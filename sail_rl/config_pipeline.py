@@ -15,8 +15,8 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 
 
 class Stage(Section):
-    """One of `train`, `merge` and `data`. In `set` and in file names, `<stage>` is the output of an earlier stage: a
-    model of `train` and `merge`, rows of `data`."""
+    """One of `train`, `merge` and `data`. In `set`, `<stage>` is the output of an earlier stage: a model of `train` and
+    `merge`, rows of `data`."""
 
     name: Name
     train: str | None = None
@@ -118,7 +118,7 @@ class PipelineRecipe(Section):
         return self.stages[-1]
 
 
-def trainer_of(path: str) -> type[CommonRecipe]:
+def trainer_of(path: str | Path) -> type[CommonRecipe]:
     """The kind of a recipe, told by its rewards."""
     return GrpoRecipe if "rewards" in read_yaml(Path(path)) else SftRecipe
 
