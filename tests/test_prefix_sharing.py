@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from families import FAMILIES, make_world
 from tiny_models import groups as questions_of_mixture
 from tiny_models import mixture, processor_for_questions
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rollouts import Prompt
 from sail_rl.batch import Group, Segment, make_batch, pack
@@ -248,6 +250,21 @@ def test_attention_within_segments_equals_one_mask():
     expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=sees)
     ours, _ = segment_attention(None, query, key, value, None, layout=layout)
     torch.testing.assert_close(ours.transpose(1, 2), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_token_that_is_written_reads_grouped_keys(masked):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, 6, 1, 8), (3, 2, 9, 8), (3, 2, 9, 8)
+    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
+    mask = None
+    if masked:
+        mask = torch.ones(3, 1, 1, 9, dtype=torch.bool)
+        mask[1, ..., :4] = False
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    ours, _ = segment_attention(module, query, key, value, mask, scaling=0.3)
+    theirs, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,8 @@ def segment_attention(
     """transformers' attention function: [1, heads, T, width] to [1, T, heads, width]."""
     if layout is None:
         mask = attention_mask
+        if query.shape[2] == 1 < query.shape[1] // key.shape[1] and "position_bias" not in kwargs:
+            return one_token_attention(query, key, value, mask, scaling, dropout), None
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     query, key, value = in_one_dtype(query, key, value)
     layer: Any = getattr(module, "layer_idx", None)
@@ -117,6 +119,15 @@ def segment_attention(
         mask = causal_lower_right(length, both) if q.is_cuda else layout.mask(length, both - length, q)
         outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **grouped))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def one_token_attention(query, key, value, mask, scaling: float | None, dropout: float) -> torch.Tensor:
+    """[R, heads, 1, width] to [R, 1, heads, width] when a token is written: the queries that share a head of keys are
+    rows of one call, so that the cache is not copied for each of them."""
+    rows, heads, _, width = query.shape
+    query = query.reshape(rows, key.shape[1], -1, width)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout)
+    return output.reshape(rows, 1, heads, width)
 
 
 def in_one_dtype(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
