@@ -1,23 +1,27 @@
 """Saving and going on. A checkpoint is an ordinary transformers folder with `trainer_state.pt` beside the weights; of a
-LoRA run, whose other weights never change, it is a folder of peft's.
-
-A folder is written under a temporary name and renamed when complete, so any `step_N` that exists is whole.
+LoRA run, whose other weights never change, it is a folder of peft's. How it comes to be whole on the disk, and is
+checked, is in checkpoint_folder.py.
 """
 
-import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sail_rl import checkpoint_folder
+from sail_rl.checkpoint_folder import begin_folder, complete_folder, keep_newest, newest_whole, temporary_name
+from sail_rl.command_line import BadInput
 from sail_rl.config_data import ModelSection
 from sail_rl.launch import Run
 from sail_rl.model.file_layout import in_file_layout
 from sail_rl.model.lora import base_name, has_adapters, load_adapters, merged, save_adapters
-from sail_rl.sharding import Whole, load_optimizer, save_optimizer, whole_parameters
+from sail_rl.sharding import Whole, load_optimizer, save_optimizer, whole_parameters, write_state
+
+MOST_FAILED = 2  # saves in a row: the run stops before more work can be lost
 
 
 @dataclass(frozen=True)
@@ -63,25 +67,82 @@ def weight_names(model: torch.nn.Module) -> set[str]:
     return {name for name, _ in in_file_layout(model, ((name, tensor) for name, tensor in named if name))}
 
 
-def save_checkpoint(run: Run, whole: Whole, processor, optimizer, progress: Progress) -> None:
-    """Write `checkpoints/step_N` and drop the oldest beyond `trainer.save_total_limit`."""
-    if not progress.step:
-        return
-    target = run.folder / "checkpoints" / f"step_{progress.step}"
-    temporary = target.with_name(f".{target.name}.tmp")
-    with whole.weights():
-        if run.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            (save_adapters if has_adapters(whole.model) else save_whole)(temporary, whole.model)
-            processor.save_pretrained(temporary)
-    state = save_optimizer(run, optimizer, temporary) | {"progress": asdict(progress)}
-    if run.is_main:
-        torch.save(state, temporary / "trainer_state.pt")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-        for old in list_checkpoints(run.folder)[: -run.recipe.trainer.save_total_limit]:
-            shutil.rmtree(old)
-    run.accelerator.wait_for_everyone()
+class Saver:
+    """Saves a run's checkpoints. One that cannot be written costs the run nothing else; two in a row stop it."""
+
+    def __init__(self, run: Run, whole: Whole, processor, optimizer):
+        self.run, self.whole, self.processor, self.optimizer = run, whole, processor, optimizer
+        self.failed = 0
+        """Saves that have failed since this launch."""
+        self.in_a_row = 0
+
+    def save(self, progress: Progress, accuracy: float | None = None) -> None:
+        """Write `checkpoints/step_N`, with the accuracy on data.eval if it was measured, and drop the oldest beyond
+        `trainer.save_total_limit`."""
+        error = self.save_if_possible(progress, accuracy)
+        if error and self.in_a_row >= MOST_FAILED:
+            raise BadInput(
+                f"{self.in_a_row} saves in a row have failed, the last one with {error}; make room in output_dir, or "
+                "mend it: the same command then goes on from the newest checkpoint"
+            )
+
+    def save_if_possible(self, progress: Progress, accuracy: float | None = None) -> str | None:
+        """The same, and what has kept any process from writing; then nothing is left of it."""
+        run, target = self.run, self.run.folder / "checkpoints" / f"step_{progress.step}"
+        # What is there is whole and the same: it was written after this step, by this launch or the one before.
+        if not progress.step or run.shard.gather([target.is_dir()])[0]:
+            return None
+        error = self._write(target, progress, accuracy)
+        self.in_a_row = self.in_a_row + 1 if error else 0
+        self.failed += bool(error)
+        if error and run.is_main:
+            shutil.rmtree(temporary_name(target), ignore_errors=True)
+            print(
+                f"WARNING: {target} could not be saved: {error}\nWARNING: the run goes on", file=sys.stderr, flush=True
+            )
+        return error
+
+    def _write(self, target: Path, progress: Progress, accuracy: float | None) -> str | None:
+        """In three parts, since all processes must take part in the second, or none."""
+        run, state, folder = self.run, dict[str, Any](), temporary_name(target)
+
+        def write_model() -> None:
+            if run.is_main:
+                begin_folder(target)
+                (save_adapters if has_adapters(self.whole.model) else save_whole)(folder, self.whole.model)
+                self.processor.save_pretrained(folder)
+
+        def write_optimizer() -> None:
+            state.update(save_optimizer(run, self.optimizer, folder))
+
+        def complete() -> None:
+            if run.is_main:
+                processes = run.shard.world_size
+                write_state(state | {"processes": processes, "progress": asdict(progress)}, folder / "trainer_state.pt")
+                complete_folder(target, {"processes": processes, "accuracy": accuracy})
+                keep_newest(target.parent, run.recipe.trainer.save_total_limit)
+
+        with self.whole.weights():
+            error = first_error(run, write_model)
+        return error or first_error(run, write_optimizer) or first_error(run, complete)
+
+
+def first_error(run: Run, write: Callable[[], None]) -> str | None:
+    """Why a process could not write, if one could not: all of them learn it."""
+    error = None
+    try:
+        write()
+    except Exception as failed:  # of a full disk, the tokenizers' library says nothing more precise
+        error = f"{type(failed).__name__}: {failed}"
+    return next((one for one in run.shard.gather([error]) if one), None)
+
+
+def note_final_accuracy(run: Run, step: int, accuracy: float | None) -> None:
+    """Let the checkpoint of the last step, which is evaluated after the run, be the best as well."""
+    last = run.folder / "checkpoints" / f"step_{step}"
+    if run.recipe.trainer.eval_every and accuracy is not None and last.is_dir():
+        checkpoint_folder.note_accuracy(last, accuracy)
+        keep_newest(last.parent, run.recipe.trainer.save_total_limit)
 
 
 def save_whole(folder: Path, model) -> None:
@@ -101,16 +162,17 @@ def save_model(folder: Path, model, processor) -> None:
         save_adapters(folder / "adapter", model)
 
 
-def list_checkpoints(run_folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [folder for folder in (run_folder / "checkpoints").glob("step_*") if folder.name[5:].isdigit()]
-    return sorted(found, key=lambda folder: int(folder.name[5:]))
-
-
-def latest_checkpoint(run_folder: Path) -> Path | None:
-    """Where a run goes on from, if it has begun."""
-    checkpoints = list_checkpoints(run_folder)
-    return checkpoints[-1] if checkpoints else None
+def newest_checkpoint(run: Run) -> Path | None:
+    """Where a run goes on from, if it has begun. One that has checkpoints never begins anew by itself."""
+    found = newest_whole(run.folder / "checkpoints") if run.is_main else (None, {})
+    checkpoint, faults = run.shard.gather([found])[0]
+    if faults and not checkpoint:
+        told = "".join(f"\n  {name}: its {fault}" for name, fault in faults.items())
+        raise BadInput(
+            f"{run.folder}/checkpoints has no checkpoint that is whole; restore one, or begin another run with another "
+            f"output_dir:{told}"
+        )
+    return checkpoint
 
 
 def resume_from(section: ModelSection, checkpoint: Path | None) -> ModelSection:

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from sail_rl.checkpoint import Progress, save_model
-from sail_rl.eval import Prediction, summarise
+from sail_rl.checkpoint import Progress, note_final_accuracy, save_model
+from sail_rl.eval import Prediction, share, summarise
 from sail_rl.launch import Run, let_communication_end, result_lines
 from sail_rl.report import write_report
 from sail_rl.run_folder import write_json
@@ -25,6 +25,7 @@ def finish_run(
             "seconds": progress.seconds + earlier,
             "seconds_this_stage": progress.seconds,
         }
+        note_final_accuracy(run, progress.step, share(after))
         write_json(run.folder / "summary.json", summary)
         write_report(run.folder)
         print(result_lines(run.recipe.output_dir, summary), flush=True)

@@ -191,10 +191,8 @@ def save_optimizer(run: Run, optimizer: Any, folder: Path) -> dict[str, Any]:
     for as many as have written them."""
     sharding = sharding_of(run.accelerator)
     if sharding in (ZERO2, ZERO3):
-        run.accelerator.wait_for_everyone()  # the folder is there
-        settings = {"tag": "state", "save_latest": False, "exclude_frozen_parameters": True}
-        engine_of(run).save_checkpoint(str(folder / "deepspeed"), **settings)
-        return {"sharding": sharding, "processes": run.shard.world_size}
+        save_deepspeed(engine_of(run), folder / "deepspeed")
+        return {"sharding": sharding}
     state = optimizer.state_dict()
     if sharding == FSDP2:
         whole = {number: {k: full(v).cpu() for k, v in one.items()} for number, one in state["state"].items()}
@@ -205,17 +203,22 @@ def save_optimizer(run: Run, optimizer: Any, folder: Path) -> dict[str, Any]:
 def load_optimizer(run: Run, optimizer: Any, folder: Path, saved: dict[str, Any]) -> None:
     """Put the optimizer's state back."""
     sharding, written_by = sharding_of(run.accelerator), saved.get("sharding")
-    here = (sharding, run.shard.world_size) if sharding in (ZERO2, ZERO3) else (None, None)
-    if here != (written_by, saved.get("processes")):
-        writer = f"{saved['processes']} processes with {written_by}" if written_by else "FSDP2 or plain processes"
-        raise BadInput(
-            f"{folder} was written by {writer}; DeepSpeed's optimizer state cannot be carried over from or to anything "
-            "else: launch the run as it was begun, or begin another one with another output_dir"
-        )
-    if sharding in (ZERO2, ZERO3):
-        # Not strict: frozen weights are not in these files.
-        engine_of(run).load_checkpoint(str(folder / "deepspeed"), tag="state", load_module_strict=False)
+    processes = run.shard.world_size
+    if sharding in (ZERO2, ZERO3) or written_by:
+        if (sharding, processes) != (written_by, saved["processes"]):
+            writer = f"{saved['processes']} processes with {written_by}" if written_by else "FSDP2 or plain processes"
+            raise BadInput(
+                f"{folder} was written by {writer}; DeepSpeed's optimizer state cannot be carried over from or to "
+                "anything else: launch the run as it was begun, or begin another one with another output_dir"
+            )
+        load_deepspeed(engine_of(run), folder / "deepspeed")
         return
+    if processes != saved["processes"] and run.is_main:
+        print(
+            f"written by {saved['processes']} processes, going on with {processes}: the same steps, but sums are "
+            "rounded otherwise",
+            flush=True,
+        )
     state = saved["optimizer"]
     if sharding == FSDP2:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -233,6 +236,43 @@ def in_parts(state: dict[str, torch.Tensor], parameter: DTensor) -> dict[str, to
         return distribute_tensor(tensor.to(device), parameter.device_mesh, parameter.placements)
 
     return {name: part(tensor) for name, tensor in state.items()}
+
+
+def save_deepspeed(engine: Any, folder: Path) -> None:
+    """Each process's own files. One that cannot write goes along until the others have written: they wait for it."""
+    failed: list[OSError] = []
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            write_state(state_dict, Path(path))
+        except OSError as error:
+            failed.append(error)
+
+    engine.checkpoint_engine.save = save
+    engine._copy_recovery_script = lambda folder: None  # programs have no place in a checkpoint
+    engine.save_checkpoint(str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True)
+    if failed:
+        raise failed[0]
+
+
+def load_deepspeed(engine: Any, folder: Path) -> None:
+    """The same files, read as tensors and numbers: DeepSpeed's own way would run what is pickled in them."""
+
+    def load(path: str, map_location: Any = None) -> Any:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+    engine.checkpoint_engine.load = load
+    # Not strict: frozen weights are not in these files.
+    engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
+
+
+def write_state(state: Any, path: Path) -> None:
+    """torch.save, whose own errors hide why the disk has not taken it."""
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def engine_of(run: Run) -> Any:

@@ -47,7 +47,7 @@ def train(recipe: GrpoRecipe) -> None:
     run = start_run(recipe)
     scoring.set_workers(run)
     check_divisible(run, "rollout.prompts_per_step", rollout.prompts_per_step)
-    resumed = checkpoint.latest_checkpoint(run.folder)
+    resumed = checkpoint.newest_checkpoint(run)
     policy, processor = load_model(checkpoint.resume_from(recipe.model, resumed), recipe.seed)
     checkpoint.load_adapters_of(resumed, policy)
     stream = question_stream(run, "train", processor)
@@ -74,7 +74,7 @@ def train(recipe: GrpoRecipe) -> None:
 
     sampling = training_sampling(recipe)
     tell_filters(run)
-    watch, form = Stopwatch(), None
+    watch, form, saver = Stopwatch(), None, checkpoint.Saver(run, whole, processor, optimizer)
     writer = Writer(run, engine, stream, sampling, partial(begin_scoring, run, rewards), watch, profile)
     writer.take_up(progress)
     try:
@@ -118,16 +118,16 @@ def train(recipe: GrpoRecipe) -> None:
                 figures |= scoring.group_figures(advantages, outcomes, seconds, keep_all) | {"groups/refills": refills}
                 figures |= {"scoring/seconds": batch.scoring.seconds}
                 figures["data/passed_over"] = turns - len(advantages.has_signal_P)
-                figures |= accuracy_now(run, step, engine, eval_stream)
+                figures |= accuracy_now(run, step, engine, eval_stream) | {"checkpoint/failed_saves": saver.failed}
                 log.write(step, figures | utilisation | {"learning_rate": learning_rate})
                 if step in (1, trainer.max_steps) or step % trainer.transcript_every == 0:
                     save_transcript(run, step, questions, rollouts, scores, advantages)
                 log_verdicts(run, step, questions, rollouts, scores)
                 if step == trainer.max_steps or step % trainer.save_every == 0:
-                    checkpoint.save_checkpoint(run, whole, processor, optimizer, writer.recorded(progress))
+                    saver.save(writer.recorded(progress), figures.get("eval/accuracy"))
     except BadInput:
         # A bad row or a failing reward in the middle of a run loses no work: every finished step is kept.
-        checkpoint.save_checkpoint(run, whole, processor, optimizer, writer.recorded(progress))
+        saver.save_if_possible(writer.recorded(progress))
         raise
     after = predictions_once(run, "after", engine, eval_stream)
     engine.close()

@@ -34,7 +34,7 @@ def train(recipe: SftRecipe) -> None:
     # The run, its model and data.
     run = start_run(recipe)
     check_divisible(run, "sft.samples_per_step", sft.samples_per_step)
-    resumed = checkpoint.latest_checkpoint(run.folder)
+    resumed = checkpoint.newest_checkpoint(run)
     policy, processor = load_model(checkpoint.resume_from(recipe.model, resumed), recipe.seed)
     checkpoint.load_adapters_of(resumed, policy)
     stream = sample_stream(run, processor)
@@ -52,7 +52,7 @@ def train(recipe: SftRecipe) -> None:
     suppressed = image_token_ids(policy, processor)
     engine = HFEngine(whole.model, processor.tokenizer, suppressed, trainer.eval_batch_size, whole.weights)
 
-    watch, form = Stopwatch(), None
+    watch, form, saver = Stopwatch(), None, checkpoint.Saver(run, whole, processor, optimizer)
     try:
         with MetricsLog(run, ["loss", "token_accuracy"], progress.step) as log:
             for step in range(progress.step + 1, trainer.max_steps + 1):
@@ -78,12 +78,13 @@ def train(recipe: SftRecipe) -> None:
                 figures |= {"learning_rate": learning_rate, "data/bad_rows": len(stream.bad_rows)}
                 figures |= {**seconds, **utilisation}
                 figures["tokens_per_second"] = figures["tokens/trained"] / sum(seconds.values())
-                log.write(step, figures | accuracy_now(run, step, engine, eval_stream))
+                figures |= accuracy_now(run, step, engine, eval_stream) | {"checkpoint/failed_saves": saver.failed}
+                log.write(step, figures)
                 if step == trainer.max_steps or step % trainer.save_every == 0:
-                    checkpoint.save_checkpoint(run, whole, processor, optimizer, progress)
+                    saver.save(progress, figures.get("eval/accuracy"))
     except BadInput:
         # A bad row in the middle of a run loses no work: every finished step is kept.
-        checkpoint.save_checkpoint(run, whole, processor, optimizer, progress)
+        saver.save_if_possible(progress)
         raise
     finish_run(run, whole, processor, progress, [], predictions_once(run, "after", engine, eval_stream))
 
