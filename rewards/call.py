@@ -49,7 +49,10 @@ def as_verdicts(returned: Any, count: int) -> list[Verdict]:
 
 def as_verdict(value: Any, number: int) -> Verdict:
     """A number or None as a verdict, which a reward may also return itself."""
-    return value if isinstance(value, Verdict) else Verdict(check_value(value, number))
+    if isinstance(value, Verdict):
+        check_value(value.value, number)
+        return value
+    return Verdict(check_value(value, number))
 
 
 def check_value(value: Any, number: int) -> float | None:

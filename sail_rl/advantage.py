@@ -24,6 +24,8 @@ class Advantages:
     """Bool: the completion has a reward. The others are left out of the update and of its normaliser."""
     has_signal_P: torch.Tensor
     """Bool per prompt: some advantage of the group is not 0, so that it has a gradient."""
+    not_finite: int = 0
+    """Completions that are masked since their advantages are not finite."""
 
     @property
     def numbers_P(self) -> torch.Tensor:

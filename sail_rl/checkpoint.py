@@ -41,6 +41,8 @@ class Progress:
     """Steps in a row in which too many of the judge's verdicts were missing."""
     pass_rates: dict[int, float] = field(default_factory=dict)
     """By row of data.train, where a curriculum measures them."""
+    steps_skipped: int = 0
+    """Steps in a row of which an update was left out: nothing is saved meanwhile, the weights may be the cause."""
     written_ahead: list[dict[str, Any]] = field(default_factory=list)
     """Completions of the next step, of all processes, where they are written ahead of it."""
 
@@ -90,7 +92,7 @@ class Saver:
         """The same, and what has kept any process from writing; then nothing is left of it."""
         run, target = self.run, self.run.folder / "checkpoints" / f"step_{progress.step}"
         # What is there is whole and the same: it was written after this step, by this launch or the one before.
-        if not progress.step or run.shard.gather([target.is_dir()])[0]:
+        if not progress.step or progress.steps_skipped or run.shard.gather([target.is_dir()])[0]:
             return None
         error = self._write(target, progress, accuracy)
         self.in_a_row = self.in_a_row + 1 if error else 0

@@ -29,7 +29,17 @@ def compare(recipe: GrpoRecipe, rewards: Sequence[Reward], outcomes: Sequence[Ou
     if grpo.dynamic_sampling:
         rewards_NK[~found.has_signal_P.repeat_interleave(size)] = torch.nan
         found = advantages()
-    return found
+    return without_not_finite(found)
+
+
+def without_not_finite(found: Advantages) -> Advantages:
+    """Completions whose advantages are not finite are masked."""
+    bad_N = ~found.values_N.isfinite()
+    if not bad_N.any():
+        return found
+    values_N, scored_N = found.values_N.masked_fill(bad_N, 0.0), found.scored_N & ~bad_N
+    has_signal_P = found.has_signal_P & (values_N.view(len(found.has_signal_P), -1) != 0).any(1)
+    return Advantages(values_N, scored_N, has_signal_P, int(bad_N.sum()))
 
 
 def part_tensor(rewards: Sequence[Reward], outcomes: Sequence[Outcome], size: int) -> torch.Tensor:

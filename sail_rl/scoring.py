@@ -1,5 +1,6 @@
 """Rewards in the loop: built from the recipe, tried on the data, called each step, their failures counted."""
 
+import math
 import os
 import sys
 from collections import Counter
@@ -33,6 +34,7 @@ MOST_MISSING = 0.2  # share of a step's verdicts that a judge may fail to give
 STEPS_OF_PATIENCE = 3  # with more missing, until the run stops: an endpoint may restart
 
 TIMEOUT = str(Ending.TIMEOUT)
+LARGEST = torch.finfo(torch.float32).max
 NOTEWORTHY = 0.01  # share of completions
 
 
@@ -48,6 +50,8 @@ class Outcome:
     verdicts: dict[str, tuple[str, float]]
     """For each reward how scoring ended, and the seconds that it took."""
     checks: dict[str, float | None] = field(default_factory=dict)
+    not_finite: str = ""
+    """What of it is not, for which it has no reward."""
 
 
 def load_rewards(recipe: GrpoRecipe) -> list[Reward]:
@@ -135,11 +139,13 @@ def all_columns(run: Run, questions: Sequence[Question], rollouts: Sequence[Roll
 
 def gather_outcomes(shard: Shard, rollouts: Sequence[Rollout], scores: Scores) -> list[Outcome]:
     """The outcomes of all processes' completions, in the order of the questions."""
+    not_finite = [what_is_not_finite(*pair) for pair in zip(scores.totals, rollouts, strict=True)]
     mine = [
         Outcome(
             length=len(rollout.token_ids),
             truncated=rollout.finish_reason == "length",
-            reward=scores.totals[i],
+            reward=None if not_finite[i] else scores.totals[i],
+            not_finite=not_finite[i],
             parts={name: values[i] for name, values in scores.parts.items()},
             failed={name: flags[i] for name, flags in scores.failed.items()},
             checks={name: values[i] for name, values in scores.checks.items()},
@@ -148,6 +154,13 @@ def gather_outcomes(shard: Shard, rollouts: Sequence[Rollout], scores: Scores) -
         for i, rollout in enumerate(rollouts)
     ]
     return shard.gather(mine)
+
+
+def what_is_not_finite(reward: float | None, rollout: Rollout) -> str:
+    """A reward that float32 does not hold, or a log-probability by the engine: such a completion is masked."""
+    if reward is not None and not abs(reward) <= LARGEST:
+        return "reward"
+    return "" if all(map(math.isfinite, rollout.log_probs)) else "log-probabilities by the engine"
 
 
 def reward_tensor(outcomes: Sequence[Outcome]) -> torch.Tensor:
@@ -163,6 +176,9 @@ def count_failures(
     for error in errors:
         what = "its term is left out of these groups" if error.startswith(judged) else "what it fails on is masked"
         print(f"warning: {error}; {what}", file=sys.stderr, flush=True)
+    for what, count in Counter(outcome.not_finite for outcome in outcomes if outcome.not_finite).items():
+        if run.is_main:
+            print(f"warning: {count} completions are masked, not finite: {what}", file=sys.stderr, flush=True)
     last = f"; the last error: {errors[-1]}" if errors else ""
     scored = progress.completions_scored + len(outcomes)
     counts = {
@@ -245,6 +261,7 @@ def group_figures(
     tokens = sum(outcome.length for outcome in outcomes)
     return {
         "groups/total": len(advantages.has_signal_P),
+        "completion/not_finite": sum(map(bool, (o.not_finite for o in outcomes))) + advantages.not_finite,
         "groups/dropped": 0 if keep_all else int((~advantages.has_signal_P).sum()),
         "tokens/generated": tokens,
         "tokens_per_second": tokens / sum(seconds.values()),

@@ -5,6 +5,7 @@ how model and optimizer are wrapped, when gradients are exchanged, clipped and u
 become whole again. Collectives are called by every process or by none: what one process skips, the others wait for.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -102,13 +103,25 @@ def sync_gradients(run: Run, model: nn.Module, last: bool) -> AbstractContextMan
     return nullcontext() if last or sharding else run.accelerator.no_sync(model)
 
 
+def backward(run: Run, loss: torch.Tensor) -> None:
+    """The backward pass of a micro-batch. Wrappers average gradients over processes; the loss's normaliser already
+    counts all of them.
+
+    A loss that is not finite may have a gradient that is. It is spoilt here, so that every process will see it.
+    """
+    run.accelerator.backward(loss * (run.shard.world_size + 0 * loss.detach()))
+
+
 def clip_and_step(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """Clip the gradient and step; its norm before. DeepSpeed has done both, and only tells the norm."""
+    """Clip the gradient and step; its norm before, and no step where that is not finite. DeepSpeed has done both by the
+    same rule, and only tells the norm."""
     if not sharding_of(run.accelerator):
         fill_gradients(model)
     norm = run.accelerator.clip_grad_norm_(model.parameters(), run.recipe.optim.max_grad_norm)
-    optimizer.step()
-    return float(full(torch.as_tensor(norm)))
+    norm = float(full(torch.as_tensor(norm)))
+    if math.isfinite(norm):
+        optimizer.step()
+    return norm
 
 
 def fill_gradients(model: nn.Module) -> None:

@@ -35,6 +35,7 @@ def train(recipe: GrpoRecipe) -> None:
     from sail_rl.questions import give_curriculum, note_passes, question_stream
     from sail_rl.sampling import tell_filters, training_sampling
     from sail_rl.sharding import prepare
+    from sail_rl.skipped import note_skipped
     from sail_rl.transcripts import save_transcript
     from sail_rl.update import make_groups, prompts_apart, update_policy
 
@@ -105,6 +106,7 @@ def train(recipe: GrpoRecipe) -> None:
                     step=step,
                     data_position=batch.data_position,
                     pass_rates=note_passes(run, stream, questions, scoring.values_of(passing, outcomes)),
+                    steps_skipped=note_skipped(run, step, progress, figures),
                     **failures,
                 )
                 with watch.phase("rollout"):

@@ -27,6 +27,7 @@ def train(recipe: SftRecipe) -> None:
     from sail_rl.profiling import Profile
     from sail_rl.questions import question_stream, sample_stream
     from sail_rl.sharding import prepare
+    from sail_rl.skipped import note_skipped
     from sail_rl.update_sft import update_supervised
 
     sft, trainer = recipe.sft, recipe.trainer
@@ -72,7 +73,10 @@ def train(recipe: SftRecipe) -> None:
                 seconds = watch.take()
                 utilisation = profile.end(step, seconds, groups)
                 progress = progress.after(
-                    step=step, data_position=stream.position, seconds=progress.seconds + sum(seconds.values())
+                    step=step,
+                    data_position=stream.position,
+                    seconds=progress.seconds + sum(seconds.values()),
+                    steps_skipped=note_skipped(run, step, progress, figures),
                 )
                 figures |= work_figures(run, batches, recipe.update.token_budget)
                 figures |= {"learning_rate": learning_rate, "data/bad_rows": len(stream.bad_rows)}

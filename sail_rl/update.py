@@ -3,7 +3,8 @@
 Suffixes: _B rows, _C tokens of a completion.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from sail_rl.parity import parity_figures
 from sail_rl.questions import Question
 from sail_rl.routing import balance_term, routing_figures
 from sail_rl.sampling import filters_of
-from sail_rl.sharding import clip_and_step, sharding_of, sync_gradients
+from sail_rl.sharding import backward, clip_and_step, sharding_of, sync_gradients
+from sail_rl.skipped import reason
 
 
 def make_groups(
@@ -61,18 +63,35 @@ def update_policy(
     iterations = run.recipe.grpo.num_iterations
     known = before_update(run, model, reference, mini_batches, suppressed)
     counts = [count_tokens(run, *pair) for pair in zip(mini_batches, known, strict=True)]
-    sums, grad_norm = dict[str, float](), 0.0
+    sums, grad_norm, skipped = dict[str, float](), 0.0, list[str]()
     for _ in range(iterations):
         for mini_batch, parts, counted in zip(mini_batches, known, counts, strict=True):
-            optimizer.zero_grad()
-            for one in passes(run, model, mini_batch, parts, counted, suppressed):
-                sums = {name: sums.get(name, 0.0) + value for name, value in one.items()}
-            grad_norm = clip_and_step(run, model, optimizer)
+            own, grad_norm = update_once(run, model, optimizer, mini_batch, parts, counted, suppressed)
+            sums = added(sums, own)
+            if not math.isfinite(grad_norm):
+                tensors = [known_tensors(*pair) for pair in zip(mini_batch.batches, parts, strict=True)]
+                skipped.append(reason(run, tensors, own["loss"], grad_norm))
     sums, updates = run.sum(sums), iterations * len(mini_batches)
-    figures = update_figures(sums, iterations, updates, grad_norm)
+    figures = update_figures(sums, iterations, updates, grad_norm) | {"updates/skipped": skipped}
     batches = [batch for mini_batch in mini_batches for batch in mini_batch.batches]
     old_log_probs = [part.old_BC for parts in known for part in parts if part.old_BC is not None]
     return figures | routing_figures(model, sums, updates) | parity_figures(run, old_log_probs, batches)
+
+
+def update_once(
+    run: Run, model, optimizer, mini_batch: MiniBatch, known: Sequence[Known], counts: Counts, suppressed: Sequence[int]
+) -> tuple[dict[str, float], float]:
+    """An optimizer step for a mini-batch: its sums for the log, and the gradient's norm."""
+    optimizer.zero_grad()
+    sums = dict[str, float]()
+    for one in passes(run, model, mini_batch, known, counts, suppressed):
+        sums = added(sums, one)
+    return sums, clip_and_step(run, model, optimizer)
+
+
+def added(sums: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
+    """Sums with those of another part."""
+    return {name: sums.get(name, 0.0) + value for name, value in more.items()}
 
 
 def passes(
@@ -91,9 +110,18 @@ def passes(
                 part.old_BC = terms.log_probs_BT.detach()
             loss, sums = batch_loss(run.recipe, terms, batch, part, mini_batch.normaliser, counts)
             balance, routing_sums = balance_term(run, model, router_logits, batch, counts.read)
-            # Distributed wrappers average gradients over processes; the normaliser already counts all of them.
-            run.accelerator.backward((loss + balance) * run.shard.world_size)
+            backward(run, loss + balance)
         yield sums | routing_sums | {"loss": float(loss.detach()), "tokens": float(batch.mask_BC.sum())}
+
+
+def known_tensors(batch: TrainingBatch, known: Known) -> dict[str, torch.Tensor | None]:
+    """What a micro-batch's loss is made of, by name."""
+    return {
+        "advantages": batch.advantages_B,
+        "log-probabilities by the engine": batch.engine_log_probs_BC,
+        "log-probabilities by the starting model": known.reference_BC,
+        "log-probabilities by the policy": known.old_BC,
+    }
 
 
 def batch_loss(

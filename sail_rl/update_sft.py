@@ -3,6 +3,7 @@
 Suffixes: _B samples, _C tokens of a target.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from sail_rl.launch import Run
 from sail_rl.losses import PolicyTerms, masked_sum, sample_scales, supervised_loss
 from sail_rl.model.router import recorded_routers
 from sail_rl.routing import balance_term, routing_figures, tokens_read
-from sail_rl.sharding import clip_and_step, sync_gradients
+from sail_rl.sharding import backward, clip_and_step, sync_gradients
+from sail_rl.skipped import reason
 
 
 def update_supervised(run: Run, model, optimizer, batches: Sequence[TrainingBatch]) -> dict[str, Any]:
@@ -32,12 +34,14 @@ def update_supervised(run: Run, model, optimizer, batches: Sequence[TrainingBatc
                 terms = model(batch)
             loss = supervised_loss(terms.log_probs_BT, batch.mask_BC, scales_B)
             balance, routing_sums = balance_term(run, model, router_logits, batch, read)
-            run.accelerator.backward((loss + balance) * run.shard.world_size)
+            backward(run, loss + balance)
         batch_sums = routing_sums | {"loss": float(loss.detach())} | kind_sums(terms, batch)
         sums = {name: sums.get(name, 0.0) + value for name, value in batch_sums.items()}
     grad_norm = clip_and_step(run, model, optimizer)
+    skipped = [] if math.isfinite(grad_norm) else [reason(run, [], sums["loss"], grad_norm)]
     sums = run.sum(sums)
     figures = supervised_figures(run.recipe.data.thinking, sums, counts) | {"grad_norm": grad_norm}
+    figures |= {"updates/skipped": skipped}
     return figures | routing_figures(model, sums, updates=1)
 
 
