@@ -174,6 +174,9 @@ class TrainerSection(Section):
         "no"
     )
     gradient_checkpointing: bool = False
+    stuck_after: Annotated[float, Field(gt=0)] = 3600
+    """Seconds without a sign of progress (a phase of a step, a group of completions, a batch of an evaluation) after
+    which a process says where it hangs, and ends with code 70."""
     profile: bool = False
     """Write `profile/` in output_dir: a table of phase times and MFU, and a trace of the second and third step."""
     log_with: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])

@@ -15,6 +15,7 @@ from rollouts.in_thread import in_thread
 from sail_rl.launch import Run
 from sail_rl.questions import Question
 from sail_rl.scoring import score_rollouts
+from sail_rl.watchdog import mark
 
 Score = Callable[[Sequence[int], Sequence[Rollout]], Scores]
 """Of whole groups, by the places of their questions."""
@@ -33,6 +34,7 @@ class EarlyScores:
 
     def add(self, place: int, group: list[Rollout]) -> None:
         """A group is whole. Called by engines, in any order and thread, once for each group."""
+        mark("a group of completions was whole")
         self.whole.put((place, group))
 
     def result(self) -> Scores:

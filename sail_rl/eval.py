@@ -16,6 +16,8 @@ from sail_rl.launch import Run
 from sail_rl.questions import Question, reward_columns, save_pictures
 from sail_rl.run_folder import write_json_lines
 from sail_rl.sampling import greedy_sampling
+from sail_rl.stopping import GivenUp, give_up_if_asked
+from sail_rl.watchdog import mark
 
 Prediction = dict[str, Any]
 # Of the data: what answers are told apart by, and what another tool needs to judge them.
@@ -32,6 +34,8 @@ def evaluate(run: Run, engine: RolloutEngine, stream: RowStream[Question]) -> li
     predictions: list[Prediction] = []
     sampling = greedy_sampling(run.recipe)
     while stream.position < count:
+        give_up_if_asked(shard)
+        mark(f"{stream.position} of {count} questions were answered in an evaluation")
         wanted = min(run.recipe.trainer.eval_batch_size, count - stream.position)
         questions = stream.next_items(wanted + -wanted % shard.world_size)
         # Beyond the end are rows read again: fillers for a last batch that cannot be shared equally.
@@ -104,7 +108,10 @@ def accuracy_now(run: Run, step: int, engine: RolloutEngine, stream: RowStream[Q
     trainer = run.recipe.trainer
     if stream is None or trainer.eval_every is None or step % trainer.eval_every or step == trainer.max_steps:
         return {}
-    return {"eval/accuracy": share(evaluate(run, engine, stream))}
+    try:
+        return {"eval/accuracy": share(evaluate(run, engine, stream))}
+    except GivenUp:  # the step itself is done, and has to be saved
+        return {}
 
 
 def share(predictions: list[Prediction], key: str = "correct") -> float | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from sail_rl import stopping, watchdog
 from sail_rl.command_line import BadInput, fail, recipe_text
 from sail_rl.config import CommonRecipe, SftRecipe
 from sail_rl.data.stream import Shard
@@ -17,7 +18,6 @@ from sail_rl.data.workers import Workers
 from sail_rl.run_folder import check_run, environment, finished, has_begun, write_json
 
 RecipeType = TypeVar("RecipeType", bound=CommonRecipe)
-INTERRUPTED = 130  # as shells say it
 NEEDED_BY_WORKERS = ("sail_rl.model.load",)  # torch and the processors: loaded while the trainer loads its model
 LAST_WORDS = 0.5  # seconds
 MOST_WORKERS = 4  # unless data.workers asks for more: enough for 16 pictures of 13 tiles in half a second
@@ -53,6 +53,7 @@ def run_recipe(train: Callable[[Any], None], recipe: CommonRecipe) -> None:
     """Run a trainer; a finished run shows its result again, and a user's mistake ends without a traceback."""
     # Read when torch is loaded: threads that wait by spinning make a run ten times slower beside any other program.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    stopping.listen()
     try:
         check_run(recipe)
         recipe = counted_in_steps(recipe)
@@ -64,9 +65,12 @@ def run_recipe(train: Callable[[Any], None], recipe: CommonRecipe) -> None:
     except BadInput as mistake:
         sys.stdout.flush()
         fail(mistake)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on from the newest checkpoint in {recipe.output_dir}", flush=True)
-        sys.exit(INTERRUPTED)
+    except stopping.Preempted:
+        if os.environ.get("RANK", "0") == "0":
+            saved = any(Path(recipe.output_dir).glob("checkpoints/step_*"))
+            where = f"goes on from the newest checkpoint in {recipe.output_dir}" if saved else "begins anew"
+            print(f"\nended by a signal, with everything saved; the same command {where}", flush=True)
+        sys.exit(stopping.PREEMPTED)
 
 
 def counted_in_steps(recipe: CommonRecipe) -> CommonRecipe:
@@ -99,13 +103,13 @@ def start_run(recipe: RecipeType) -> Run[RecipeType]:
     set_seed(recipe.seed)
     if accelerator.num_processes > 1:
         atexit.register(let_communication_end)
-    if recipe.trainer.log_with:
-        accelerator.init_trackers("sail_rl", config=flat(recipe.model_dump(mode="json")))
     single = accelerator.num_processes == 1
     shard = Shard() if single else Shard(accelerator.process_index, accelerator.num_processes, gather_object)
     count = number_of_workers(recipe, accelerator)
     run = Run(recipe, Path(recipe.output_dir), accelerator, shard, Workers(count, NEEDED_BY_WORKERS) if count else None)
     make_folder(run)
+    if recipe.trainer.log_with:
+        accelerator.init_trackers("sail_rl", config=flat(recipe.model_dump(mode="json")))
     return run
 
 
@@ -173,6 +177,7 @@ def seed_step(run: Run, step: int) -> None:
     """Give dropout its random numbers by step and process alone: a resumed run draws what an uninterrupted one does."""
     import torch
 
+    watchdog.Pulse.step = step
     torch.manual_seed((run.recipe.seed << 32) + step * run.shard.world_size + run.shard.rank)
 
 

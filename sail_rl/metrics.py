@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.profiler import record_function
 
 from sail_rl.launch import Run
+from sail_rl.watchdog import mark
 
 PLAIN_LINE_EVERY = 10  # steps, where the output is not a terminal
 
@@ -27,8 +28,10 @@ class Stopwatch:
     def phase(self, name: str):
         """Add the time of a `with` block to a phase, and name it in a profiler's trace."""
         start = time.perf_counter()
+        mark(f"the phase {name!r} began")
         with record_function(name):
             yield
+        mark(f"the phase {name!r} ended")
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,6 @@ from sail_rl.run_folder import write_json
 
 INTERRUPTED = 130  # as shells say it
 STATE = "pipeline.json"
-GRACE = 5.0  # seconds until a stage that the terminal has not interrupted is
 PACKAGE = Path(__file__).parent
 TOOL = [sys.executable, "-m", "sail_rl.cli"]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
@@ -45,7 +44,9 @@ def run_pipeline(path: str, overrides: list[str], dry_run: bool = False) -> None
     folder.mkdir(parents=True, exist_ok=True)
     done = read_state(folder)
     refuse_changes(pipeline, done)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) != signal.SIG_IGN:  # as under nohup
+            signal.signal(ending, signal.default_int_handler)
     for number, stage in enumerate(pipeline.stages, 1):
         print(f"\n[{number}/{len(pipeline.stages)}] {stage.name}: {what(stage)}", flush=True)
         for name, command in commands_of(pipeline, stage).items():
@@ -152,11 +153,12 @@ def run_command(name: str, command: Command, again: str) -> float:
     """Run to the end; seconds. An interruption is passed on, and ends the pipeline once the stage has ended."""
     print(f"$ {shlex.join(command.words)}", flush=True)
     started = time.perf_counter()
-    process = subprocess.Popen(command.words)
+    # In a session of its own: what the terminal sends is passed on once, and to those alone that can answer.
+    process = subprocess.Popen(command.words, start_new_session=True)
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        end(process)
+        end(process, command.starter[: len(LAUNCH)] == LAUNCH)
         print(f"\ninterrupted in {name}; `{again}` goes on from there", flush=True)
         sys.exit(INTERRUPTED)
     if code:
@@ -164,21 +166,21 @@ def run_command(name: str, command: Command, again: str) -> float:
     return time.perf_counter() - started
 
 
-def end(process: subprocess.Popen) -> None:
-    """Let a stage end itself; a second interruption kills it. Ctrl-C has reached it too, a signal to this process alone
-    has not."""
+def end(process: subprocess.Popen, is_launcher: bool) -> None:
+    """Have a stage end itself, and wait for all that belongs to it; a second interruption kills it."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    # A launcher would end at once, or kill its trainers before they have saved; it ends by itself when they have.
+    trainers = psutil.Process(process.pid).children() if is_launcher else []
     try:
-        try:
-            process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            send_to_all(process, signal.SIGINT)
-            process.wait()
+        send(trainers or [process], signal.SIGINT)
+        process.wait()
+        psutil.wait_procs(family)
     except KeyboardInterrupt:
-        send_to_all(process, signal.SIGKILL)
+        send([*family, process], signal.SIGKILL)
 
 
-def send_to_all(process: subprocess.Popen, number: signal.Signals) -> None:
-    """To a stage's processes: a launcher does not pass signals on."""
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+def send(processes: Iterable[psutil.Process | subprocess.Popen], number: signal.Signals) -> None:
+    """To those that are still there."""
+    for one in processes:
         with suppress(psutil.NoSuchProcess):
             one.send_signal(number)

@@ -28,6 +28,7 @@ FREE_KEYS = (
     "trainer.resume",
     "trainer.log_with",
     "trainer.profile",
+    "trainer.stuck_after",
     "data.max_bad_rows",
     "data.workers",
     # Where and how patiently the judge is asked; the judge itself stays.

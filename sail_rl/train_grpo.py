@@ -13,7 +13,7 @@ from sail_rl.launch import run_recipe
 def train(recipe: GrpoRecipe) -> None:
     """The whole algorithm, top to bottom."""
     # Imported here, so that mistakes in a recipe are answered before torch loads.
-    from sail_rl import checkpoint, scoring
+    from sail_rl import checkpoint, scoring, stopping
     from sail_rl.audit import log_verdicts
     from sail_rl.batch_form import choose_attention, choose_form
     from sail_rl.compare import compare
@@ -38,6 +38,7 @@ def train(recipe: GrpoRecipe) -> None:
     from sail_rl.skipped import note_skipped
     from sail_rl.transcripts import save_transcript
     from sail_rl.update import make_groups, prompts_apart, update_policy
+    from sail_rl.watchdog import watching
 
     rollout, grpo, trainer = recipe.rollout, recipe.grpo, recipe.trainer
     passing = recipe.data.curriculum.reward if recipe.data.curriculum else None
@@ -78,13 +79,16 @@ def train(recipe: GrpoRecipe) -> None:
     watch, form, saver = Stopwatch(), None, checkpoint.Saver(run, whole, processor, optimizer)
     writer = Writer(run, engine, stream, sampling, partial(begin_scoring, run, rewards), watch, profile)
     writer.take_up(progress)
+    shown = ["reward", "rewards/accuracy/mean", "completion/length"]
+    watched = watching(trainer.stuck_after, run.shard.rank)
     try:
-        with MetricsLog(run, ["reward", "rewards/accuracy/mean", "completion/length"], progress.step) as log:
+        with MetricsLog(run, shown, progress.step) as log, stopping.waiting(), watched:
             for step in range(progress.step + 1, trainer.max_steps + 1):
                 profile.begin(step)
                 seed_step(run, step)
-                batch = writer.next(step)
-                batch, scores, refills = refill(run, rewards, writer, batch, step)
+                with stopping.given_up_alone(run.shard):
+                    batch = writer.next(step)
+                    batch, scores, refills = refill(run, rewards, writer, batch, step)
                 questions, rollouts = batch.questions, batch.rollouts
                 with watch.phase("rollout"):
                     engine.sleep()
@@ -125,11 +129,15 @@ def train(recipe: GrpoRecipe) -> None:
                 if step in (1, trainer.max_steps) or step % trainer.transcript_every == 0:
                     save_transcript(run, step, questions, rollouts, scores, advantages)
                 log_verdicts(run, step, questions, rollouts, scores)
-                if step == trainer.max_steps or step % trainer.save_every == 0:
+                leaving = stopping.asked(run.shard)
+                if leaving or step == trainer.max_steps or step % trainer.save_every == 0:
                     saver.save(writer.recorded(progress), figures.get("eval/accuracy"))
-    except BadInput:
+                if leaving:
+                    raise stopping.Preempted
+    except (BadInput, stopping.GivenUp):
         # A bad row or a failing reward in the middle of a run loses no work: every finished step is kept.
-        saver.save_if_possible(writer.recorded(progress))
+        with stopping.waiting():
+            saver.save_if_possible(writer.recorded(progress))
         raise
     after = predictions_once(run, "after", engine, eval_stream)
     engine.close()

@@ -12,7 +12,7 @@ def train(recipe: SftRecipe) -> None:
     """The whole of it, top to bottom."""
     # Imported here, so that mistakes in a recipe are answered before torch loads.
     from rollouts.hf import HFEngine
-    from sail_rl import checkpoint
+    from sail_rl import checkpoint, stopping
     from sail_rl.balance import share_work, work_figures
     from sail_rl.batch import Group
     from sail_rl.batch_form import choose_attention, choose_form
@@ -29,6 +29,7 @@ def train(recipe: SftRecipe) -> None:
     from sail_rl.sharding import prepare
     from sail_rl.skipped import note_skipped
     from sail_rl.update_sft import update_supervised
+    from sail_rl.watchdog import watching
 
     sft, trainer = recipe.sft, recipe.trainer
 
@@ -54,8 +55,9 @@ def train(recipe: SftRecipe) -> None:
     engine = HFEngine(whole.model, processor.tokenizer, suppressed, trainer.eval_batch_size, whole.weights)
 
     watch, form, saver = Stopwatch(), None, checkpoint.Saver(run, whole, processor, optimizer)
+    watched = watching(trainer.stuck_after, run.shard.rank)
     try:
-        with MetricsLog(run, ["loss", "token_accuracy"], progress.step) as log:
+        with MetricsLog(run, ["loss", "token_accuracy"], progress.step) as log, stopping.waiting(), watched:
             for step in range(progress.step + 1, trainer.max_steps + 1):
                 profile.begin(step)
                 seed_step(run, step)
@@ -84,11 +86,15 @@ def train(recipe: SftRecipe) -> None:
                 figures["tokens_per_second"] = figures["tokens/trained"] / sum(seconds.values())
                 figures |= accuracy_now(run, step, engine, eval_stream) | {"checkpoint/failed_saves": saver.failed}
                 log.write(step, figures)
-                if step == trainer.max_steps or step % trainer.save_every == 0:
+                leaving = stopping.asked(run.shard)
+                if leaving or step == trainer.max_steps or step % trainer.save_every == 0:
                     saver.save(progress, figures.get("eval/accuracy"))
+                if leaving:
+                    raise stopping.Preempted
     except BadInput:
         # A bad row in the middle of a run loses no work: every finished step is kept.
-        saver.save_if_possible(progress)
+        with stopping.waiting():
+            saver.save_if_possible(progress)
         raise
     finish_run(run, whole, processor, progress, [], predictions_once(run, "after", engine, eval_stream))
 

@@ -23,6 +23,7 @@ from queue import SimpleQueue
 from typing import Any
 
 SPAWN = get_context("spawn")  # a fork would copy locks that threads of torch hold
+FOR_THE_TRAINER = (signal.SIGINT, signal.SIGTERM)  # which terminals and launchers send to all of its processes
 ATTEMPTS = 2  # at a row whose process ends: the first end may be bad luck, the second is the row's
 # To start a process is also to collect the exit codes of ended ones, each of which can be had once.
 ONE_AT_A_TIME = threading.Lock()
@@ -53,7 +54,7 @@ class Workers:
         self._started: list[Worker] = []
         self._closed, self._lock = False, threading.Lock()
         atexit.register(self.close)
-        # The first process would start it, and that unblocks the Ctrl-C which `_serve` blocks.
+        # The first process would start it, and that unblocks the signals which `_serve` blocks.
         resource_tracker.ensure_running()
         for _ in range(count):
             threading.Thread(target=self._serve, daemon=True).start()
@@ -80,8 +81,8 @@ class Workers:
         atexit.unregister(self.close)
 
     def _serve(self) -> None:
-        # Blocked in this thread, and so in the processes that it starts: Ctrl-C is for the trainer alone to answer.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        # Blocked in this thread, and so in the processes that it starts: they are for the trainer alone to answer.
+        signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_TRAINER)
         worker = self._start()
         while worker and (task := self._tasks.get()):
             if worker.has_ended():  # no row is to blame
@@ -177,7 +178,8 @@ def settle(result: Future, reply: bytes) -> None:
 
 def work(requests: connection.Connection, imports: tuple[str, ...]) -> None:
     """The body of a process: load rows as they are asked for, until the trainer is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # blocked so far; a library may unblock it
+    for number in FOR_THE_TRAINER:
+        signal.signal(number, signal.SIG_IGN)  # blocked so far; a library may unblock it
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
     threading.Thread(target=end_with_trainer, daemon=True).start()
     for module in imports:
