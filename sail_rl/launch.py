@@ -16,6 +16,7 @@ from sail_rl.config import CommonRecipe, SftRecipe
 from sail_rl.data.stream import Shard
 from sail_rl.data.workers import Workers
 from sail_rl.run_folder import check_run, environment, finished, has_begun, write_json
+from sail_rl.run_lock import hold
 
 RecipeType = TypeVar("RecipeType", bound=CommonRecipe)
 NEEDED_BY_WORKERS = ("sail_rl.model.load",)  # torch and the processors: loaded while the trainer loads its model
@@ -145,6 +146,9 @@ def share_threads(accelerator) -> None:
 
 def make_folder(run: Run) -> None:
     """The run's folder with the resolved recipe, cleared of what a run that never began has left."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if refused := run.shard.gather([hold(run.folder) if run.is_main else None])[0]:
+        raise BadInput(refused)
     if run.is_main:
         if not has_begun(run.folder):
             for name in ("predictions_before.jsonl", "quarantine.jsonl"):
