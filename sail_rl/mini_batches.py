@@ -20,14 +20,15 @@ def make_mini_batches(
     idle: Group,
     form: Form,
     prompts_apart: bool,
+    token_budget: int,
 ) -> list[MiniBatch]:
     """This process's part of each mini-batch. Groups take turns, so that the number of processes changes nothing."""
-    grpo, update, length = run.recipe.grpo, run.recipe.update, run.recipe.rollout.max_completion_length
+    grpo, length = run.recipe.grpo, run.recipe.rollout.max_completion_length
     size = run.recipe.rollout.num_generations
     made = []
     for turn in range(grpo.mini_batches):
         mine = share_work(run, [group for group in groups if group.number % grpo.mini_batches == turn], form)
-        batches = make_batches(mine, update.token_budget, idle, run.highest, form, prompts_apart)
+        batches = make_batches(mine, token_budget, idle, run.highest, form, prompts_apart)
         turns_N = (advantages.numbers_P % grpo.mini_batches == turn).repeat_interleave(size)
         lengths = counted_lengths(outcomes, (advantages.scored_N & turns_N).tolist(), grpo.mask_truncated_completions)
         made.append(MiniBatch(batches, loss_normaliser(grpo.loss_type, lengths, length)))

@@ -29,6 +29,7 @@ FREE_KEYS = (
     "trainer.log_with",
     "trainer.profile",
     "trainer.stuck_after",
+    "update.token_budget",
     "data.max_bad_rows",
     "data.workers",
     # Where and how patiently the judge is asked; the judge itself stays.

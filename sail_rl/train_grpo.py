@@ -24,6 +24,7 @@ def train(recipe: GrpoRecipe) -> None:
     from sail_rl.eval import accuracy_now, predictions_once
     from sail_rl.finish import finish_run
     from sail_rl.launch import check_divisible, record_environment, seed_step, start_run
+    from sail_rl.memory import update_within_memory
     from sail_rl.metrics import MetricsLog, Stopwatch
     from sail_rl.mini_batches import make_mini_batches
     from sail_rl.model.load import image_token_ids, load_model, prepare_for_training, starting_policy
@@ -101,9 +102,11 @@ def train(recipe: GrpoRecipe) -> None:
                     advantages = compare(recipe, rewards, outcomes)
                     groups = make_groups(questions, rollouts, advantages, run.shard, keep_all, masked)
                     form = form or choose_form(run, whole.model, groups, whole.weights)
-                    cut = run, groups, outcomes, advantages, idle, form or "padded", apart
+                    material = run, groups, outcomes, advantages, idle, form or "padded", apart
+                    cut = partial(make_mini_batches, *material)
+                    update = partial(update_policy, run, model, reference, optimizer, suppressed=suppressed)
                     learning_rate = set_learning_rate(optimizer, recipe.optim, step, trainer.max_steps)
-                    figures = update_policy(run, model, reference, optimizer, make_mini_batches(*cut), suppressed)
+                    _, figures = update_within_memory(run, optimizer, cut, update)
 
                 turns = batch.data_position - progress.data_position
                 progress = progress.after(

@@ -3,6 +3,8 @@
 accelerate launch sail_rl/train_sft.py recipes/quickstart_sft.yaml [key.sub=value ...]
 """
 
+from functools import partial
+
 from sail_rl.command_line import BadInput, parse_command_line
 from sail_rl.config import SftRecipe
 from sail_rl.launch import run_recipe
@@ -20,6 +22,7 @@ def train(recipe: SftRecipe) -> None:
     from sail_rl.eval import accuracy_now, predictions_once
     from sail_rl.finish import finish_run
     from sail_rl.launch import check_divisible, record_environment, seed_step, start_run
+    from sail_rl.memory import update_within_memory
     from sail_rl.metrics import MetricsLog, Stopwatch
     from sail_rl.model.load import image_token_ids, load_model, prepare_for_training
     from sail_rl.optimizer import make_optimizer, set_learning_rate
@@ -66,11 +69,12 @@ def train(recipe: SftRecipe) -> None:
                     groups = [Group(sample.prompt, [sample.target_ids], kind=sample.kind) for sample in samples]
                     form = form or choose_form(run, whole.model, groups, whole.weights)
                     groups = share_work(run, groups, form or "padded")
-                    batches = make_batches(groups, recipe.update.token_budget, idle, run.highest, form or "padded")
+                    cut = partial(make_batches, groups, idle=idle, highest=run.highest, form=form or "padded")
 
                 with watch.phase("update"):
                     learning_rate = set_learning_rate(optimizer, recipe.optim, step, trainer.max_steps)
-                    figures = update_supervised(run, model, optimizer, batches)
+                    update = partial(update_supervised, run, model, optimizer)
+                    batches, figures = update_within_memory(run, optimizer, cut, update)
 
                 seconds = watch.take()
                 utilisation = profile.end(step, seconds, groups)

@@ -209,7 +209,7 @@ def our_side(
     groups = make_groups(world.questions, world.rollouts, advantages, Shard(), keep_all, masked)
     idle = idle or idle_group(world.processor, with_picture=False)
     outcomes = [Outcome(len(r.token_ids), r.finish_reason == "length", 1.0, {}, {}, {}) for r in world.rollouts]
-    mini_batches = make_mini_batches(run, groups, outcomes, advantages, idle, form, apart)
+    mini_batches = make_mini_batches(run, groups, outcomes, advantages, idle, form, apart, token_budget)
     reference = Policy(world.reference) if grpo.beta else None
     policy = Policy(model, train_entropy=grpo.entropy_coef > 0)
     figures = update_policy(run, policy, reference, recorder, mini_batches, suppressed=())
