@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sail_rl import checkpoint_folder
-from sail_rl.checkpoint_folder import begin_folder, complete_folder, keep_newest, newest_whole, temporary_name
+from sail_rl.checkpoint_folder import begin_folder, complete_folder, flush, keep_newest, newest_whole, temporary_name
 from sail_rl.command_line import BadInput
 from sail_rl.config_data import ModelSection
 from sail_rl.launch import Run
@@ -121,6 +121,7 @@ class Saver:
             if run.is_main:
                 processes = run.shard.world_size
                 write_state(state | {"processes": processes, "progress": asdict(progress)}, folder / "trainer_state.pt")
+                flush(run.folder / "metrics.jsonl")  # not to be behind the checkpoint when the machine fails
                 complete_folder(target, {"processes": processes, "accuracy": accuracy})
                 keep_newest(target.parent, run.recipe.trainer.save_total_limit)
 

@@ -161,14 +161,15 @@ class TrainerSection(Section):
     max_steps: Annotated[int, Field(ge=1)]
     save_every: Annotated[int, Field(ge=1)] = 100
     save_total_limit: Annotated[int, Field(ge=1)] = 2
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept; with `eval_every` also the best of those whose step was evaluated, so make
+    `save_every` a multiple of it."""
     eval_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between evaluations; before and after training only when left out."""
     eval_batch_size: Annotated[int, Field(ge=1)] = 100
     transcript_every: Annotated[int, Field(ge=1)] = 10
     """Steps between saved samples of completions, with their pictures."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto` goes on from the newest checkpoint in output_dir; `never` refuses a folder that has a run."""
+    """`auto` goes on from the newest whole checkpoint in output_dir; `never` refuses a folder that has a run."""
     # YAML reads a bare `no` as false.
     mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(lambda told: "no" if told is False else told)] = (
         "no"

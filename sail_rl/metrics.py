@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -101,7 +102,9 @@ def keep_steps_until(file: Path, step: int) -> None:
     """Drop records after `step`, which a resumed run writes again."""
     if file.is_file():
         lines = [line for line in file.read_text().splitlines() if 0 < step_of(line) <= step]
-        file.write_text("".join(f"{line}\n" for line in lines))
+        kept = file.with_suffix(".tmp")
+        kept.write_text("".join(f"{line}\n" for line in lines))
+        os.replace(kept, file)
 
 
 def step_of(line: str) -> int:

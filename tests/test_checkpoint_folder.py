@@ -188,6 +188,7 @@ def model():
 
 def saver_of(folder: Path, model, shard: Shard | None = None, optimizer=None, **trainer) -> Saver:
     """As a trainer makes it, of one plain process or several."""
+    (folder / "metrics.jsonl").touch()
     policy, processor = model
     recipe = SimpleNamespace(trainer=SimpleNamespace(**{"save_total_limit": 2, "eval_every": 1} | trainer))
     accelerator = SimpleNamespace(distributed_type="NO")

@@ -98,19 +98,6 @@ def test_the_quickstart_without_its_start_says_what_to_run():
     assert "make quickstart" in result.stderr
 
 
-def test_resume_in_the_middle_equals_an_uninterrupted_run(start, tmp_path):
-    """The same losses, lengths and rewards whether a run is stopped after its first step or not."""
-    common = (f"model={start}", "optim.lr_scheduler_type=constant", "trainer.save_every=1")
-    assert grpo(*common, f"output_dir={tmp_path / 'whole'}").returncode == 0
-    assert grpo(*common, f"output_dir={tmp_path / 'halves'}", "trainer.max_steps=1").returncode == 0
-    assert grpo(*common, f"output_dir={tmp_path / 'halves'}").returncode == 0
-    whole, halves = (
-        [{k: v for k, v in r.items() if "second" not in k} for r in records(tmp_path / name)]
-        for name in ("whole", "halves")
-    )
-    assert whole == halves
-
-
 @pytest.mark.slow
 def test_sft_on_a_mixture_goes_on_in_the_middle(start, tmp_path):
     """Stopped after its first step, in the middle of a pass over each source, it does what it would have done."""
