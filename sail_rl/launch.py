@@ -70,7 +70,7 @@ def run_recipe(train: Callable[[Any], None], recipe: CommonRecipe) -> None:
         if os.environ.get("RANK", "0") == "0":
             saved = any(Path(recipe.output_dir).glob("checkpoints/step_*"))
             where = f"goes on from the newest checkpoint in {recipe.output_dir}" if saved else "begins anew"
-            print(f"\nended by a signal, with everything saved; the same command {where}", flush=True)
+            print(f"\nended by a signal; the same command {where}", flush=True)
         sys.exit(stopping.PREEMPTED)
 
 

@@ -52,7 +52,7 @@ def main(output: str) -> None:
     # Nothing to train on the second process: it passes idle rows through the model, and waits for nobody.
     own = make_batches([] if run.shard.rank else groups, 1, idle, run.highest)
     update_supervised(run, wrapped, optimizer, own)
-    grpo = load_recipe(GrpoRecipe, "recipes/quickstart.yaml", [f"output_dir={output}", "grpo.num_iterations=2"])
+    grpo = load_recipe(GrpoRecipe, "recipes/quickstart.yaml", [f"output_dir={output}"])
     compared = [replace(group, advantages=[1.0 - n]) for n, group in enumerate(groups)]
     own = make_batches([] if run.shard.rank else compared, 1, idle, run.highest)
     figures = update_policy(replace(run, recipe=grpo), wrapped, None, optimizer, [MiniBatch(own, 6.0)], ())
