@@ -18,7 +18,7 @@ printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' $${version%.dist-i
 printf '%s/METADATA,,\n%s/RECORD,,\n' $$folder $$folder > $$named/RECORD; done
 endef
 
-.PHONY: install quickstart test test-slow test-gpu lint controls bench clean
+.PHONY: install quickstart test test-slow faults test-gpu lint controls bench clean
 
 install: .venv/installed
 
@@ -45,6 +45,10 @@ test: install lint
 
 test-slow: install
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "slow and not gpu" --timeout 3000
+
+# Every fault that a run must survive, fast and slow, and a table of what was seen: also in runs/faults.md.
+faults: install
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -m "fault and not gpu" $(SIDE_BY_SIDE) --timeout 3000 --faults runs/faults.md
 
 test-gpu: install
 	$(BIN)/pytest -m gpu

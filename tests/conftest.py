@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fault_matrix import pytest_addoption, pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
