@@ -285,10 +285,20 @@ def _score_hostile() -> list[str]:
     return found
 
 
+@pytest.mark.fault(
+    fault="reward: pathological answers",
+    injected="each alone, in the main thread",
+    expected="a verdict within seconds",
+)
 def test_hostile_strings_in_the_main_thread(warm):
     assert _score_hostile() == []
 
 
+@pytest.mark.fault(
+    fault="reward: pathological answers",
+    injected="each alone, in another thread",
+    expected="a verdict within seconds",
+)
 def test_hostile_strings_in_a_thread(warm):
     found: list[list[str]] = []
     thread = threading.Thread(target=lambda: found.append(_score_hostile()), daemon=True)
@@ -309,6 +319,11 @@ def test_the_same_verdicts_in_asyncio_and_in_a_thread(warm):
 
 
 @pytest.mark.parametrize("piece", [r"\boxed{", r"\boxed{5}", "</think>", "<think></think>", "{", r"\boxed{5} or "])
+@pytest.mark.fault(
+    fault="property: time",
+    injected="answers of one piece repeated",
+    expected="linear in the length",
+)
 def test_the_scanners_take_linear_time(piece):
     def seconds(text: str) -> float:
         start = time.process_time()
@@ -336,6 +351,11 @@ def test_messages_as_trl_passes_them():
     assert scores == [1.0, 1.0, 0.0]
 
 
+@pytest.mark.fault(
+    fault="data: right answers that cannot be read",
+    injected="None, blank, NaN",
+    expected="None, never 0",
+)
 def test_golds_that_cannot_be_read_give_none():
     golds = [None, "", "  ", float("nan"), 5, r"So it is \boxed{5}."]
     assert accuracy_reward([r"\boxed{5}"] * 6, answer=golds) == [None, None, None, None, 1.0, 1.0]

@@ -36,6 +36,11 @@ def test_group_is_the_default_scale():
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1e6 + 0.1])
+@pytest.mark.fault(
+    fault="group: all rewards equal",
+    injected="equal values",
+    expected="advantage 0, not trained",
+)
 def test_equal_rewards_have_no_signal(scale, value):
     # 0.1 is not its mean to the last bit in float32: rounding must not be scaled up to an advantage.
     advantages = group_advantages(torch.tensor([value] * 7 + [1.0, 0.0] + [1.0] * 5), 7, scale)
@@ -45,6 +50,11 @@ def test_equal_rewards_have_no_signal(scale, value):
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.fault(
+    fault="group: a reward is missing",
+    injected="NaN for a member",
+    expected="the others' advantages are those without it",
+)
 def test_a_completion_without_a_reward_does_not_count(scale):
     masked = group_advantages(tensor([1.0, NAN, 0.0, 0.5, 2.0, 0.0, NAN, 1.0]), 4, scale)
     without = group_advantages(tensor([1.0, 0.0, 0.5, 2.0, 0.0, 1.0]), 3, scale)
@@ -62,6 +72,11 @@ def test_a_completion_without_a_reward_does_not_count(scale):
         ([NAN] * 4, [False] * 4),
         ([NAN, 1.0, 1.0, NAN], [False, True, True, False]),
     ],
+)
+@pytest.mark.fault(
+    fault="group: nothing to compare",
+    injected="one or no reward in the group",
+    expected="advantage 0, no NaN, not trained",
 )
 def test_a_group_with_nothing_to_compare_has_no_signal(scale, rewards, scored):
     advantages = group_advantages(tensor(rewards), 4, scale)

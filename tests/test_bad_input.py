@@ -35,6 +35,11 @@ def rows(tmp_path):
     return write
 
 
+@pytest.mark.fault(
+    fault="data: bad rows",
+    injected="noise as picture, no answer, too many placeholders",
+    expected="refused before the first step; all named",
+)
 def test_all_bad_rows_are_named_at_once(start, tmp_path, rows):
     bad = [
         GOOD | {"images": ["noise.png"]},
@@ -48,6 +53,11 @@ def test_all_bad_rows_are_named_at_once(start, tmp_path, rows):
     assert "row 4 (id -): 1 images but 2 image placeholders" in message
 
 
+@pytest.mark.fault(
+    fault="data: bad rows within data.max_bad_rows",
+    injected="a torn picture and a row without an answer",
+    expected="set aside with id and reason; the run ends well",
+)
 def test_bad_rows_within_the_limit_are_set_aside(start, tmp_path, rows):
     # The torn picture has a good header: it is found only when it is decoded, in the middle of the run.
     data = rows(*[GOOD] * 6, GOOD | {"images": ["torn.png"], "id": "torn"}, {"question": "No answer?"})
@@ -58,12 +68,22 @@ def test_bad_rows_within_the_limit_are_set_aside(start, tmp_path, rows):
     assert any(row["id"] == "torn" and "torn.png" in row["reason"] for row in quarantined)
 
 
+@pytest.mark.fault(
+    fault="data: a prompt over the limit",
+    injected="400 words with 100 tokens allowed",
+    expected="the row is named; nothing is cut off",
+)
 def test_a_prompt_over_the_limit(start, tmp_path, rows):
     message = refused(grpo(start, tmp_path, rows(GOOD | {"question": "long " * 400}), "data.max_prompt_length=100"))
     assert "row 1" in message
     assert "data.max_prompt_length = 100" in message
 
 
+@pytest.mark.fault(
+    fault="reward: broken",
+    injected="1 / 0 in a user's file, real command",
+    expected="exit code 2 before the first step, with file and line",
+)
 def test_a_reward_that_raises_at_once(start, tmp_path):
     (tmp_path / "mine.py").write_text("def broken(completions, **columns):\n    return 1 / 0\n")
     message = refused(grpo(start, tmp_path, f"rewards=[{{function: '{tmp_path / 'mine.py'}:broken'}}]"))
@@ -72,6 +92,11 @@ def test_a_reward_that_raises_at_once(start, tmp_path):
     assert "mine.py, line 2" in message
 
 
+@pytest.mark.fault(
+    fault="reward: fails from step 2 on",
+    injected="RuntimeError in a user's file, real command",
+    expected="exit code 2; the finished step is saved",
+)
 def test_a_reward_that_fails_later_stops_the_run_and_keeps_its_steps(start, tmp_path):
     (tmp_path / "mine.py").write_text(
         "def late(completions, trainer_state, **columns):\n"
@@ -84,6 +109,11 @@ def test_a_reward_that_fails_later_stops_the_run_and_keeps_its_steps(start, tmp_
     assert (tmp_path / "run/checkpoints/step_1/trainer_state.pt").is_file()
 
 
+@pytest.mark.fault(
+    fault="checkpoint: no model",
+    injected="an empty folder as model.path",
+    expected="exit code 2 with the reason",
+)
 def test_a_checkpoint_that_is_none(tmp_path):
     (tmp_path / "empty").mkdir()
     message = refused(grpo(tmp_path / "empty", tmp_path))

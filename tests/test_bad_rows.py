@@ -80,6 +80,11 @@ def checked_order(stream):
 
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("checked", [True, False], ids=["checked at start", "met on the way"])
+@pytest.mark.fault(
+    fault="data: bad rows within data.max_bad_rows",
+    injected="torn and missing pictures, empty turns, targets too long, at start and on the way",
+    expected="set aside with id and reason; the order of the rest unchanged",
+)
 def test_they_are_set_aside_and_the_rest_keeps_its_order(tmp_path, processor, kind, checked):
     change, reason = BAD[kind]
     whole = order(open_stream(tmp_path, processor, {}, 0), 2 * ROWS)
@@ -96,6 +101,11 @@ def test_they_are_set_aside_and_the_rest_keeps_its_order(tmp_path, processor, ki
 
 
 @pytest.mark.parametrize("kind", BAD)
+@pytest.mark.fault(
+    fault="data: one bad row more than allowed",
+    injected="the same",
+    expected="the run ends; all are named",
+)
 def test_one_more_than_allowed_ends_the_run(tmp_path, processor, kind):
     change, reason = BAD[kind]
     stream = open_stream(tmp_path, processor, dict.fromkeys(PLACES, change), 3)

@@ -152,6 +152,11 @@ def test_a_mistake_is_named(load, changes, expected):
         ("- a\n- b", "is not a recipe: it holds list"),
     ],
 )
+@pytest.mark.fault(
+    fault="hostile: recipes",
+    injected="no YAML, no mapping, a key twice",
+    expected="exit code 2 with the reason",
+)
 def test_a_file_that_is_no_recipe(tmp_path, text, expected):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)

@@ -86,11 +86,21 @@ def test_image_forms(tmp_path, image, path):
 
 
 @pytest.mark.parametrize("mode", ["P", "CMYK", "RGBA", "L", "1"])
+@pytest.mark.fault(
+    fault="image: other modes",
+    injected="P, CMYK, RGBA, L, 1",
+    expected="RGB with the same colour",
+)
 def test_every_mode_becomes_rgb(tmp_path, mode):
     (picture,) = example_of(tmp_path, question="Why?", image=Image.new("RGB", (3, 3), "white").convert(mode)).images
     assert (picture.mode, picture.getpixel((1, 1))) == ("RGB", (255, 255, 255))
 
 
+@pytest.mark.fault(
+    fault="image: EXIF orientation",
+    injected="orientation 6",
+    expected="turned",
+)
 def test_a_picture_is_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: the camera was held on its side
@@ -122,6 +132,11 @@ def test_a_picture_is_turned_upright(tmp_path):
         ({"question": "Why?", "completion": ""}, "the assistant's turn must be text, and not empty"),
         ({"question": "Why?", "images": [5]}, "an image is a path, bytes or a picture, not int"),
     ],
+)
+@pytest.mark.fault(
+    fault="data: a row that cannot be used",
+    injected="missing, empty, torn, huge pictures; reserved tokens; placeholders that do not match; wrong types",
+    expected="BadRow with the reason",
 )
 def test_a_row_that_cannot_be_used_says_why(tmp_path, row, reason):
     for name in set(UNREADABLE) - {"no"}:
@@ -173,6 +188,11 @@ NO_ROWS = ["no.jsonl: there is no", "bad.parquet is not", "a.csv: rows come", "a
 
 
 @pytest.mark.parametrize("message", NO_ROWS)
+@pytest.mark.fault(
+    fault="data: a file that cannot be opened",
+    injected="missing, empty, torn files",
+    expected="exit code 2 with the reason",
+)
 def test_a_file_that_cannot_be_opened(tmp_path, message):
     for name in ("bad.parquet", "a.csv", "a.jsonl"):
         (tmp_path / name).write_text("\n")
@@ -226,6 +246,11 @@ def test_position_is_all_that_a_resumed_stream_needs(tmp_path):
 
 
 @pytest.mark.parametrize("checked", [True, False], ids=["checked at start", "found on the way"])
+@pytest.mark.fault(
+    fault="data: bad rows within data.max_bad_rows",
+    injected="bad JSON and missing answers",
+    expected="set aside; the order of the rest unchanged",
+)
 def test_bad_rows_are_set_aside_and_the_others_keep_their_order(tmp_path, checked):
     (tmp_path / "all_good").mkdir()
     everything = rows_of(open_stream(write_rows(tmp_path / "all_good")), 2 * ROWS)
@@ -255,6 +280,11 @@ def write_golds(folder, golds):
     return folder / "rows.jsonl"
 
 
+@pytest.mark.fault(
+    fault="data: right answers that cannot be read",
+    injected="golds that are empty, torn or no option",
+    expected="left out and listed before the first step",
+)
 def test_rows_whose_right_answer_cannot_be_compared_with_are_left_out_and_listed(tmp_path, capsys):
     golds = ["1", "x+1", r"2\sqrt{", {"answer": "E", "options": ["4", "5"]}, *map(str, range(4, 40))]
     stream = open_stream(write_golds(tmp_path, enumerate(golds)), compared=True)
@@ -270,6 +300,11 @@ def test_rows_whose_right_answer_cannot_be_compared_with_are_left_out_and_listed
     open_stream(tmp_path / "rows.jsonl").check_rows()  # nobody compares: nothing to find
 
 
+@pytest.mark.fault(
+    fault="data: right answers that cannot be read",
+    injected="more than 5 % of the rows",
+    expected="the run is refused",
+)
 def test_more_than_a_twentieth_of_bad_right_answers_stops_the_run(tmp_path):
     path = write_golds(tmp_path, enumerate(["9^{9^9}", r"\frac{1}{", *map(str, range(30))]))
     for find in (lambda stream: stream.check_rows(), lambda stream: stream.next_items(32)):
@@ -286,6 +321,11 @@ def test_the_type_of_the_right_answer_is_fixed_at_load(tmp_path):
     assert "answer_type" not in make_example(rows.row(0), "row", {}, tmp_path).columns
 
 
+@pytest.mark.fault(
+    fault="data: one bad row more than allowed",
+    injected="bad JSON lines",
+    expected="the run ends; all are named",
+)
 def test_more_bad_rows_than_allowed_stop_the_run(tmp_path):
     with pytest.raises(BadInput, match=r"(?s)2 rows cannot be used, and data.max_bad_rows = 1.*row 4 .*row 6 "):
         open_stream(write_rows(tmp_path, BROKEN_AT_START), max_bad_rows=1).check_rows()
@@ -298,6 +338,11 @@ def test_more_bad_rows_than_allowed_stop_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [(), BROKEN_PICTURE], ids=["good rows", "bad rows"])
+@pytest.mark.fault(
+    fault="data: bad rows in two processes",
+    injected="bad rows in one's share",
+    expected="both replace the same rows",
+)
 def test_two_processes_see_together_what_one_sees(tmp_path, bad):
     path = write_rows(tmp_path, (), bad)
     alone = open_stream(path, max_bad_rows=len(bad))

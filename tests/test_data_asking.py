@@ -108,6 +108,11 @@ def test_an_output_without_rows_says_so(tmp_path):
     assert not output.with_name("out.jsonl.progress").exists()
 
 
+@pytest.mark.fault(
+    fault="data building: its endpoint fails",
+    injected="errors for some rows",
+    expected="no row is lost",
+)
 def test_an_endpoint_that_fails_costs_no_row(tmp_path):
     """What is done is kept, what is not is asked about by the same command, later."""
     state = {"up": True}
@@ -147,6 +152,11 @@ def test_other_settings_do_not_go_on(tmp_path):
     assert "input: it was" in problem
 
 
+@pytest.mark.fault(
+    fault="data building: killed",
+    injected="SIGKILL at work",
+    expected="goes on where it was",
+)
 def test_killed_at_work_it_goes_on(tmp_path):
     rows, output = write_rows(tmp_path, questions(12)), tmp_path / "out.jsonl"
 

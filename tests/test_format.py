@@ -98,6 +98,11 @@ def test_an_unknown_contract_is_named():
 @pytest.mark.parametrize(
     "piece", ["<think>", "</think>", r"\boxed{", r"</think>\boxed{", "<judge>", " ", "{", "\\", "a "]
 )
+@pytest.mark.fault(
+    fault="property: time",
+    injected="completions of one piece repeated, for the format reward",
+    expected="linear in the length",
+)
 def test_time_is_linear_in_the_text(piece, contract):
     def seconds(count: int) -> float:
         text = f"<think>{THOUGHT}" + piece * count

@@ -73,6 +73,11 @@ def test_a_verdict_on_a_picture(tmp_path):
         ((200, completion("", "content_filter")), 1, "refusal"),
     ],
 )
+@pytest.mark.fault(
+    fault="judge: misbehaves",
+    injected="429, 500, 503, reset, 400, truncated JSON, wrong schema, refusal",
+    expected="no verdict, never 0; bounded tries; the reason is told",
+)
 def test_failures_are_told_and_only_those_that_may_pass_are_tried_again(act, tries, failure):
     (answer,), requests = ask(lambda body, number: act)
     assert answer.value is None
@@ -80,6 +85,11 @@ def test_failures_are_told_and_only_those_that_may_pass_are_tried_again(act, tri
     assert len(requests) == tries
 
 
+@pytest.mark.fault(
+    fault="judge: is not there",
+    injected="a closed port",
+    expected="no verdict; the reason is told",
+)
 def test_an_endpoint_that_is_not_there():
     with serve(lambda body, number: verdict()) as server:
         pass
@@ -89,6 +99,11 @@ def test_an_endpoint_that_is_not_there():
 
 
 @pytest.mark.parametrize("act", ["hang", "drip"])
+@pytest.mark.fault(
+    fault="judge: hangs or drips",
+    injected="no reply, or a byte at a time",
+    expected="given up after call_seconds",
+)
 def test_a_reply_that_does_not_end(act):
     started = time.monotonic()
     (answer,), requests = ask(lambda body, number: act, call_seconds=0.3, tries=2)
@@ -97,6 +112,11 @@ def test_a_reply_that_does_not_end(act):
     assert time.monotonic() - started < 60
 
 
+@pytest.mark.fault(
+    fault="judge: hangs for some",
+    injected="9 of 12 questions hang",
+    expected="the batch ends by its deadline with the others' verdicts",
+)
 def test_the_batch_ends_by_its_deadline():
     started = time.monotonic()
     verdicts, _ = ask(lambda body, number: "hang" if number > 3 else verdict(), count=12, batch_seconds=4)
@@ -106,6 +126,11 @@ def test_the_batch_ends_by_its_deadline():
 
 
 @pytest.mark.parametrize("act", [(429, "{}", {"Retry-After": "0.4"}), (500, "{}"), "reset"])
+@pytest.mark.fault(
+    fault="judge: one fault",
+    injected="429 with Retry-After, 500, reset, once",
+    expected="tried again; the verdict comes",
+)
 def test_a_fault_that_passes(act):
     started = time.monotonic()
     (answer,), requests = ask(lambda body, number: act if number == 1 else verdict())
@@ -128,6 +153,11 @@ def test_questions_overlap_and_no_more_than_allowed():
     assert seconds < 24 * 0.2 / 2
 
 
+@pytest.mark.fault(
+    fault="judge: down, then up again",
+    injected="500 for all",
+    expected="the breaker opens, one question tries again, then closes",
+)
 def test_the_circuit_breaker_opens_and_closes():
     state = {"up": False}
     with serve(lambda body, number: verdict() if state["up"] else (500, "{}")) as server:
@@ -206,6 +236,11 @@ def test_many_threads_share_a_file_of_verdicts(tmp_path):
         "[" * 100_000,
     ],
 )
+@pytest.mark.fault(
+    fault="judge: replies of another form",
+    injected="18 malformed replies",
+    expected="no verdict",
+)
 def test_what_is_not_exactly_the_verdict_is_none(text):
     with pytest.raises(NoVerdict, match=r"^reply: "):
         parse_verdict(text, "is_fine")
@@ -228,6 +263,11 @@ ATTACKS = (
 
 
 @pytest.mark.parametrize("text", ATTACKS)
+@pytest.mark.fault(
+    fault="judge: injection",
+    injected="end marks, turn tokens, tags in the student's text",
+    expected="they reach the judge as data, disarmed",
+)
 def test_what_the_student_writes_stays_data(text):
     body = request_body(question(written=text), "m", 9)
     asked = body["messages"][1]["content"][-1]["text"]
@@ -273,6 +313,11 @@ def test_a_strict_judge_may_begin_and_is_asked_at_every_start(tmp_path):
         (lambda body, number: (503, "{}"), "fails: .*status: 503"),
         (lambda body, number: (200, completion("Sure!")), "fails: 21 of 21 questions have no verdict: reply: not JSON"),
     ],
+)
+@pytest.mark.fault(
+    fault="judge: naive",
+    injected="judges that always agree, follow orders or fail",
+    expected="refused before the first step",
 )
 def test_a_judge_that_canaries_fool_or_that_fails_may_not_begin(script, expected):
     with pytest.raises(RewardError, match=expected):

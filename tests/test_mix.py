@@ -63,6 +63,11 @@ def mixed(mixing, group_size=2, weights=None, **columns):
         ([None, None, 1, None], [1] * 4, [0.5] * 4, [1] * 4, [0.55, 0.55, 0.55, None], "abc"),
     ],
 )
+@pytest.mark.fault(
+    fault="judge: fails for one group",
+    injected="None for a member",
+    expected="the factor is left out of that group; other groups unchanged; counted",
+)
 def test_product(accuracy, judging, think_quality, form, totals, asked):
     columns = {"think_quality": think_quality, "accuracy": accuracy, "judging": judging, "format": form}
     scores, about = mixed(PRODUCT, **columns)
@@ -85,6 +90,11 @@ def test_product(accuracy, judging, think_quality, form, totals, asked):
         ([1, None, 1, 0], [1, 1, 0, 0], [0.9, None, 0.6, 0.0], "acd"),
     ],
 )
+@pytest.mark.fault(
+    fault="judge: fails for one group",
+    injected="None for a member",
+    expected="the term is left out of that group; other groups unchanged",
+)
 def test_sum(accuracy, think_quality, totals, asked):
     weights = {"accuracy": 0.6, "think_quality": 0.3}
     scores, about = mixed(Mixing(), weights=weights, accuracy=accuracy, think_quality=think_quality)
@@ -97,6 +107,11 @@ def test_a_judge_without_weight_is_not_asked():
     assert (scores.totals, about) == ([1.0, 0.0], "")
 
 
+@pytest.mark.fault(
+    fault="judge: its reward raises",
+    injected="RuntimeError",
+    expected="the term is left out; counted",
+)
 def test_a_judge_that_raises_leaves_its_term_out():
     def broken(completions, judge, **columns):
         raise RuntimeError("no such picture")
@@ -189,6 +204,11 @@ def counted(when_failing, steps):
     return progress
 
 
+@pytest.mark.fault(
+    fault="judge: down for the whole run",
+    injected="most verdicts missing, step after step",
+    expected="patience of 3 steps, then stop, or go on if the recipe says so",
+)
 def test_how_long_a_judge_may_fail():
     for failing in ("stop", "continue"):
         assert [counted(failing, (1, 2, 5, 1, 2)[:n]).judge_failing for n in range(6)] == [0, 0, 1, 2, 0, 1]

@@ -121,6 +121,11 @@ def fails_after(steps):
     return script
 
 
+@pytest.mark.fault(
+    fault="judge: down for the whole run",
+    injected="500 from some step on, real command",
+    expected="exit code 2; finished steps are saved",
+)
 def test_a_judge_that_stays_down_ends_the_run(start, tmp_path):
     run = tmp_path / "run"
     with serve(fails_after(2)) as server:
@@ -142,6 +147,11 @@ def test_a_judge_that_stays_down_ends_the_run(start, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(
+    fault="judge: down for the whole run",
+    injected="the same, judge.when_failing = continue",
+    expected="the run goes on without the term and says so",
+)
 def test_a_run_may_go_on_without_its_judge(start, tmp_path):
     with serve(fails_after(1)) as server:
         result = train(tmp_path / "run", start, server.url, "judge.when_failing=continue", "judge.breaker=5")
@@ -153,6 +163,11 @@ def test_a_run_may_go_on_without_its_judge(start, tmp_path):
     assert [record["rewards/asked/failed"] for record in metrics_of(tmp_path / "run")] == [0] + [16] * 5
 
 
+@pytest.mark.fault(
+    fault="judge: naive",
+    injected="a judge that always agrees, real command",
+    expected="exit code 2 before the first step",
+)
 def test_a_judge_that_canaries_fool_stops_the_run_before_it_starts(start, tmp_path):
     with serve(lambda body, number: verdict(True)) as server:
         result = train(tmp_path / "run", start, server.url)

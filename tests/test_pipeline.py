@@ -157,6 +157,11 @@ def test_a_failing_stage_ends_it_with_a_word(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("whole_group", [True, False], ids=["Ctrl-C", "kill -INT"])
+@pytest.mark.fault(
+    fault="pipeline: interrupted",
+    injected="signals in each stage",
+    expected="the same result as without",
+)
 def test_interrupted_in_each_stage_it_ends_alike(tmp_path, whole_group):
     """A tenth of the steps of recipes/pipeline_tiny.yaml: the same table as uninterrupted."""
     straight, broken = shortened(tmp_path / "straight"), shortened(tmp_path / "broken")

@@ -104,6 +104,11 @@ def test_results_come_in_the_order_of_the_jobs(pool):
     assert os.getpid() not in {result.done.value[1] for result in results}
 
 
+@pytest.mark.fault(
+    fault="reward: hangs, fills the memory, dies or raises",
+    injected="jobs that loop, take a power tower, allocate without end, kill their process",
+    expected="time-out for those of CPU time, infra_error for memory and death, each alone; the next job is done",
+)
 def test_cpu_time_is_the_jobs_fault_and_all_else_is_not(pool):
     whats = ["a", "spin", "b", "power", "c", "memory", "d", "die", "e", "raise", "f", "lambda", "g"]
     results = run(pool(1), *whats)
@@ -121,6 +126,11 @@ def test_cpu_time_is_the_jobs_fault_and_all_else_is_not(pool):
     assert "SIGKILL" in results[7].why
 
 
+@pytest.mark.fault(
+    fault="reward: sleeps for ever",
+    injected="a job that sleeps 600 s with 0.5 s allowed",
+    expected="its worker is ended; infra_error; the next job is done",
+)
 def test_a_job_that_waits_is_stopped_by_the_clock(pool):
     start = time.monotonic()
     slept, after = run(pool(1), "sleep", "after", wall=0.5)
@@ -128,6 +138,11 @@ def test_a_job_that_waits_is_stopped_by_the_clock(pool):
     assert time.monotonic() - start < SECONDS
 
 
+@pytest.mark.fault(
+    fault="reward: its worker dies once",
+    injected="os._exit in the middle of a batch",
+    expected="the job is done once more by a new process; no result lost or doubled",
+)
 def test_a_job_whose_worker_ends_once_is_done_again(pool, tmp_path):
     marker = str(tmp_path / "marker")
     results = run(pool(1), "before", marker, "after")
@@ -141,6 +156,11 @@ def test_workers_are_replaced_after_so_many_jobs(pool):
     assert pids[0] == pids[1] != pids[2] == pids[3] != pids[4]
 
 
+@pytest.mark.fault(
+    fault="reward: closed in the middle of a job",
+    injected="close() while a job sleeps",
+    expected="infra_error, at once",
+)
 def test_what_is_under_way_when_a_pool_is_closed_counts_as_failed(pool):
     one = pool(1)
     threading.Timer(1.0, one.close).start()
@@ -151,6 +171,11 @@ def test_what_is_under_way_when_a_pool_is_closed_counts_as_failed(pool):
 
 
 @pytest.mark.parametrize("what", ["sleep", "power"])
+@pytest.mark.fault(
+    fault="orphans: reward workers",
+    injected="SIGKILL of the trainer while a job sleeps or computes",
+    expected="no worker is left",
+)
 def test_workers_end_with_the_trainer(tmp_path, what):
     (tmp_path / "pool_jobs.py").write_text(JOBS)
     script = f"""
@@ -216,6 +241,11 @@ def adversarial_verdicts(rows):
     return [one.outcome for one in found]
 
 
+@pytest.mark.fault(
+    fault="property: callers",
+    injected="accuracy from thread, coroutine and main thread, 1 and 8 workers",
+    expected="identical verdicts",
+)
 def test_the_same_verdicts_everywhere():
     async def coroutine():
         return pair_verdicts()
@@ -244,6 +274,11 @@ def test_the_same_verdicts_everywhere():
     ("limit", "value", "outcome"),
     [("CPU_SECONDS", 0.0, Outcome.TIMEOUT), ("WALL_SECONDS", None, Outcome.INFRA_ERROR)],
 )
+@pytest.mark.fault(
+    fault="reward: algebra over its limits",
+    injected="limits of CPU and wall time of 10 microseconds",
+    expected="0 for CPU time, masked for wall time; exact answers untouched",
+)
 def test_limits_of_algebra(monkeypatch, limit, value, outcome):
     algebra_pool.use_workers(1)
     monkeypatch.setattr(algebra_pool, limit, 1e-5)
@@ -269,6 +304,11 @@ def test_exact_types_start_no_process_and_replies_are_remembered(monkeypatch):
     assert algebra_pool.ask_algebra([question, question]) == [reply, reply]
 
 
+@pytest.mark.fault(
+    fault="reward: 512 pathological answers",
+    injected="power towers, deep nesting, 100,000 braces, in the accuracy reward",
+    expected="all 0; the trainer's thread never waits; the next batch is right",
+)
 def test_the_trainer_goes_on_while_hostile_completions_are_scored():
     hard = [rf"\boxed{{e^{{\pi^{{{n}.5}}}}+\sqrt[{n}]{{7}}}}" for n in range(40)]  # not refused, so algebra is asked
     completions = (HOSTILE_COMPLETIONS + hard) * 20
@@ -328,6 +368,11 @@ def test_a_users_function_has_a_process_of_its_own(reward):
     assert score([reward("later")], {"completions": ["a", "bb"]}, 2).totals == [1.0, 2.0]
 
 
+@pytest.mark.fault(
+    fault="reward: a user's function never ends",
+    injected="an endless loop in a user's file, timeout 0.3 s",
+    expected="0 for that completion with outcome time-out; the others scored",
+)
 def test_a_completion_that_keeps_a_function_busy_scores_zero(reward):
     scores = score([reward("stuck", timeout=0.3)], {"completions": ["a", "b", "spin", "c"]}, 2)
     assert scores.totals == [1.0, 1.0, 0.0, 1.0]
@@ -336,6 +381,11 @@ def test_a_completion_that_keeps_a_function_busy_scores_zero(reward):
     assert "took more than 0.3 s of CPU time" in scores.errors[0]
 
 
+@pytest.mark.fault(
+    fault="reward: a user's function sleeps",
+    injected="sleep 600 s in a user's file, timeout 0.3 s",
+    expected="that completion is masked; the others scored",
+)
 def test_a_completion_that_has_a_function_wait_is_masked(reward):
     scores = score([reward("stuck", timeout=0.3)], {"completions": ["a", "b", "sleep", "c"]}, 2)
     assert scores.totals == [1.0, 1.0, None, 1.0]
@@ -362,6 +412,11 @@ def test_a_time_limit_needs_a_process_to_end(reward):
         load_reward("accuracy", "accuracy", 1.0, {}, timeout=1.0)
 
 
+@pytest.mark.fault(
+    fault="reward: its worker is killed while idle",
+    injected="SIGKILL of the worker",
+    expected="a new worker does the next job",
+)
 def test_ctrl_c_is_for_the_trainer_alone(pool):
     one = pool(1)
     worker = run(one, "a")[0].done.value[1]

@@ -191,6 +191,11 @@ def sixteen_bits(mode):
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+@pytest.mark.fault(
+    fault="image: 16 bits",
+    injected="I;16 and I",
+    expected="scaled to 8 bits",
+)
 def test_sixteen_bits_are_scaled_and_not_clipped(processor, mode):
     image = sixteen_bits(mode)
     assert image.mode == mode
@@ -207,12 +212,22 @@ def test_other_modes_are_seen_as_they_look(processor, mode):
     assert encode(processor, image.convert(mode))[1].tobytes() == encode(processor, image)[1].tobytes()
 
 
+@pytest.mark.fault(
+    fault="image: floating-point pixels",
+    injected="mode F",
+    expected="refused with the reason",
+)
 def test_floating_point_pixels_are_refused():
     with pytest.raises(BadRow, match="floating-point numbers of unknown range; save it with 8 or 16 bits"):
         decode_image(Image.new("F", (4, 4)), None)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.fault(
+    fault="image: EXIF orientation",
+    injected="orientations 1 to 8",
+    expected="turned",
+)
 def test_every_orientation_of_a_camera_becomes_upright(tmp_path, orientation):
     upright = Image.new("RGB", (32, 16), "white")
     upright.paste("red", (0, 0, 16, 8))  # a red corner at the top left

@@ -122,6 +122,11 @@ def test_weighted_sums_and_what_none_means(first, second, totals):
     assert scores.errors == []
 
 
+@pytest.mark.fault(
+    fault="reward: raises on one completion",
+    injected="ZeroDivisionError",
+    expected="that completion is masked and counted; error with file and line",
+)
 def test_a_failure_masks_its_completion_alone_and_is_counted():
     def picky(completions, answer, trainer_state, **columns):
         assert trainer_state == "whole"  # no column, so it is not cut into parts
@@ -140,6 +145,11 @@ def test_a_failure_masks_its_completion_alone_and_is_counted():
     )
 
 
+@pytest.mark.fault(
+    fault="reward: always raises",
+    injected="RuntimeError",
+    expected="all masked and counted",
+)
 def test_a_reward_that_always_fails_masks_everything_even_where_others_apply():
     def failing(completions, **columns):
         raise RuntimeError("no judge")
@@ -164,6 +174,11 @@ def test_a_reward_that_always_fails_masks_everything_even_where_others_apply():
         ([1.0, 1.0, 1.0, -float("inf")], "value 3 is -inf; a reward is a finite number or None"),
     ],
 )
+@pytest.mark.fault(
+    fault="reward: returns nonsense",
+    injected="too few, too many, None, text, NaN, infinity",
+    expected="masked; refused before the first step",
+)
 def test_what_is_not_a_list_of_numbers_fails(returned, expected):
     def reward(completions, **columns):
         return returned
@@ -175,11 +190,21 @@ def test_what_is_not_a_list_of_numbers_fails(returned, expected):
         try_rewards([Reward("mine", reward)], {"completions": ["x"] * 4})
 
 
+@pytest.mark.fault(
+    fault="reward: NaN",
+    injected="NaN for one completion",
+    expected="that completion is masked",
+)
 def test_nan_masks_the_completion_that_has_it():
     scores = score_of(lambda completions, value, **columns: value, value=[1.0, NAN, 0.0, 1.0])
     assert scores.totals == [1.0, None, 0.0, 1.0]
 
 
+@pytest.mark.fault(
+    fault="reward: slow, then raises",
+    injected="400 completions, each call slow",
+    expected="tried again for a bounded time",
+)
 def test_a_reward_that_hangs_before_it_fails_is_not_tried_for_every_completion(monkeypatch):
     monkeypatch.setattr("rewards.score.RETRY_SECONDS", 0.05)
     calls = []
@@ -214,6 +239,11 @@ def test_a_reward_in_trls_form(form):
     assert scores.errors == []
 
 
+@pytest.mark.fault(
+    fault="reward: broken",
+    injected="a missing column, a KeyError",
+    expected="refused before the first step, with name and line",
+)
 def test_trying_names_the_reward_the_error_and_its_line():
     def missing_column(completions, answers, **columns):
         return [0.0] * len(completions)

@@ -160,6 +160,11 @@ def test_files_are_replaced_whole(tmp_path):
 
 
 @pytest.mark.parametrize(("step", "kept"), [(0, []), (2, [1, 2]), (5, [1, 2, 3])])
+@pytest.mark.fault(
+    fault="run folder: a torn last line",
+    injected="a killed run's half record",
+    expected="dropped; each step once",
+)
 def test_a_resumed_run_drops_the_records_that_it_writes_again(tmp_path, step, kept):
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps({"step": number, "loss": 0.5}) + "\n" for number in (1, 2, 3)))

@@ -28,6 +28,11 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.fault(
+    fault="orphans: rollout servers",
+    injected="SIGKILL of the trainer, also of one with a stopped server",
+    expected="no server is left",
+)
 def test_servers_die_with_a_trainer_that_is_killed(stopped, tmp_path):
     """While they load, by the pipe from it, and hanging, by the kernel."""
     trainer = subprocess.Popen([sys.executable, "-c", STARTER, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
@@ -41,6 +46,11 @@ def test_servers_die_with_a_trainer_that_is_killed(stopped, tmp_path):
     wait_until(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, 100)
 
 
+@pytest.mark.fault(
+    fault="server: port taken",
+    injected="a socket that listens there already",
+    expected="exit code 2 that names the port",
+)
 def test_a_port_that_is_taken():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -52,6 +62,11 @@ def test_a_port_that_is_taken():
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("how", ["absent", "hanging"])
+@pytest.mark.fault(
+    fault="server: fails for one of two trainers",
+    injected="no server is there, or the first trainer process hangs",
+    expected="both end",
+)
 def test_processes_do_not_wait_for_ever(how, tmp_path):
     """`pytest -m slow tests/test_server_runs.py -k wait_for_ever`
 
@@ -116,6 +131,11 @@ def spread(completions, trainer_state, **columns):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(
+    fault="server: killed",
+    injected="SIGKILL during a run, real command",
+    expected="the run ends well, with the steps of a run without",
+)
 def test_a_run_whose_server_is_killed(start, tmp_path):
     """The real command: it finishes with the figures of a run that nobody disturbed, and says what happened."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

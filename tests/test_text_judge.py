@@ -68,6 +68,11 @@ def test_what_the_judge_is_not_asked_about(gold, box, columns):
     assert (scores.parts["accuracy"], requests) == ([0.0], [])
 
 
+@pytest.mark.fault(
+    fault="judge: fails for one group",
+    injected="500 for one question",
+    expected="its term is left out of that group; other groups unchanged",
+)
 def test_a_failure_is_none_and_leaves_accuracy_out_for_its_group_alone():
     fails = lambda body, number: (503, "{}") if fenced_texts(body)[1] == "a cycle" else knows_a_bike(body, number)  # noqa: E731
     concise = ("conciseness", 0.1, {"least_unit": 1})
@@ -125,6 +130,11 @@ def test_the_key_needs_a_judge_and_without_it_none_is_asked():
         ),
         (lambda body, number: (503, "{}"), "fails: 7 of 7 questions have no verdict: status: 503"),
     ],
+)
+@pytest.mark.fault(
+    fault="judge: naive",
+    injected="judges of texts that always agree or fail",
+    expected="refused before the first step",
 )
 def test_who_may_judge_texts(script, problem):
     with serve(script) as server:

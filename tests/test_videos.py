@@ -142,6 +142,11 @@ def test_large_frames_are_kept_small(tmp_path):
         (5, "a video is a path, bytes or a list of pictures, not int"),
     ],
 )
+@pytest.mark.fault(
+    fault="data: broken videos",
+    injected="noise, empty and torn files",
+    expected="BadRow with the reason",
+)
 def test_a_video_that_cannot_be_used_says_why(tmp_path, video, reason):
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "cut.mp4").write_bytes(write_video(tmp_path / "a.mp4").read_bytes()[:2000])
@@ -156,6 +161,11 @@ def test_a_video_that_cannot_be_used_says_why(tmp_path, video, reason):
         decode_video(video, tmp_path, 4)
 
 
+@pytest.mark.fault(
+    fault="data: an endless video",
+    injected="a film beyond the limit",
+    expected="refused without reading it",
+)
 def test_a_film_that_is_too_long_is_not_read_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(videos, "MAX_FRAMES", 100)
     write_video(tmp_path / "a.mp4")

@@ -118,6 +118,11 @@ def test_the_gate(world, model, capsys):
         gate(world, model, [world.prompts[0], grey])
 
 
+@pytest.mark.fault(
+    fault="server: half the weights",
+    injected="a push that is cut off",
+    expected="it refuses to write until a whole push",
+)
 def test_a_half_done_push(world, model):
     """The server refuses to write; then the whole push is made again, by itself."""
     link = world.engine.links[0]
@@ -140,6 +145,11 @@ def test_a_half_done_push(world, model):
     assert link.process is process
 
 
+@pytest.mark.fault(
+    fault="server: a tensor is missing from the push",
+    injected="one name left out",
+    expected="the run ends at once and names it",
+)
 def test_names_that_are_missing(world, model, naps):
     """A mistake that no second try can mend ends at once."""
     pushed = list(full_parameters(model))
@@ -168,6 +178,11 @@ def test_two_trainers_at_one_server(world, model):
     assert world.engine.generate(world.prompts, GROUP, sampling) == expected
 
 
+@pytest.mark.fault(
+    fault="server: has another model",
+    injected="a second trainer with another setup",
+    expected="refused",
+)
 def test_another_model_at_a_server_in_use(world):
     setup = replace(wire.unpack_setup(world.engine.setup), end_token_ids=[5])
     with pytest.raises(Refused, match="already has the engine of another model"):
@@ -212,6 +227,11 @@ def spoiling(how, times):
 
 
 @pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.fault(
+    fault="server: spoilt answers",
+    injected="fewer samples, wrong ids, stale weights, errors, cut, hung up, late",
+    expected="asked for again as a whole; the same completions",
+)
 def test_a_spoilt_answer_is_asked_for_again(how, world, model, naps, capsys):
     """As a whole; the second try gives what the first would have given. All groups are there, each of its prompt."""
     sampling = Sampling(LENGTH, seed=1)
@@ -227,6 +247,11 @@ def test_a_spoilt_answer_is_asked_for_again(how, world, model, naps, capsys):
     assert "try 1 of 2: the server gets, once it is there, the weights again" in told
 
 
+@pytest.mark.fault(
+    fault="server: always wrong",
+    injected="fewer samples each time",
+    expected="bounded tries, then exit code 2",
+)
 def test_a_server_that_stays_wrong_ends_the_run(world, model, naps):
     proxy = Proxy(world.engine.links[0].url, spoil=spoiling("fewer samples", 9)).start()
     engine = another_engine(world, [proxy.url])
@@ -268,6 +293,11 @@ def test_two_servers_share_the_prompts(world, model, naps):
     assert {asked["group_size"] for one in questions for asked in one} == {GROUP}
 
 
+@pytest.mark.fault(
+    fault="server: is not there",
+    injected="a closed port",
+    expected="given up within the limit",
+)
 def test_nobody_listens(world, naps):
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -277,6 +307,11 @@ def test_nobody_listens(world, naps):
     assert time.monotonic() - begin < 60
 
 
+@pytest.mark.fault(
+    fault="server: killed",
+    injected="SIGKILL in the middle of an answer",
+    expected="started anew with the weights; the same completions, each told once",
+)
 def test_killed_in_the_middle_of_an_answer(world, model, capsys):
     """A new process, the same weights, and the completions that the old one would have written.
 
@@ -303,6 +338,11 @@ def test_killed_in_the_middle_of_an_answer(world, model, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(
+    fault="server: hangs",
+    injected="SIGSTOP",
+    expected="given up after the limit, killed, replaced",
+)
 def test_a_server_that_hangs(world, model, monkeypatch, capsys):
     """It is given up after the limit, killed and replaced."""
     monkeypatch.setattr(world.engine, "limits", replace(world.engine.limits, request=20))
@@ -315,6 +355,11 @@ def test_a_server_that_hangs(world, model, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(
+    fault="server: cannot start",
+    injected="too little memory",
+    expected="bounded tries, vLLM's words, no process left",
+)
 def test_a_server_that_cannot_start(world, naps, tmp_path, capsys):
     """Too little memory: tried again, then told in vLLM's words, and no process is left."""
     setup = wire.unpack_setup(world.engine.setup)

@@ -60,6 +60,11 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.fault(
+    fault="server: killed during a push",
+    injected="SIGKILL of the receiver",
+    expected="the push ends with an error within the limit",
+)
 def test_a_server_that_is_killed_ends_the_push(shards):
     """The sender does not wait for its limit."""
     sender = Sender("127.0.0.1", LIMIT)

@@ -50,6 +50,11 @@ def test_a_setup_arrives_as_it_was(around, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/outside", "a/../../outside"])
+@pytest.mark.fault(
+    fault="hostile: paths in a server's setup",
+    injected="`../x` and absolute names",
+    expected="refused",
+)
 def test_files_stay_in_their_folder(name, tmp_path):
     with pytest.raises(ValueError, match="not the name of a file within a folder"):
         wire.write_files(tmp_path / "folder", {name: b"x"})
@@ -72,6 +77,11 @@ def test_frames_come_one_by_one():
         (io.BytesIO((2**60).to_bytes(8, "little")), 8, ValueError),
     ],
     ids=["cut short", "longer than the request"],
+)
+@pytest.mark.fault(
+    fault="server: torn requests",
+    injected="a frame cut short, or longer than its request",
+    expected="an error, no wait",
 )
 def test_frames_that_do_not_end(stream, size, error):
     with pytest.raises(error):
@@ -110,6 +120,11 @@ def test_groups_are_told_whole():
         ({"finish_reason": "abort"}, "the finish reason 'abort'"),
         ({"weight_version": 2}, "weights of version 2, not 3"),
     ],
+)
+@pytest.mark.fault(
+    fault="server: impossible completions",
+    injected="unknown tokens, wrong lengths, stale versions",
+    expected="refused with the reason",
 )
 def test_what_a_completion_cannot_be(changes, fault):
     assert broken(replace(WHOLE, **changes), allowed={5, 6}, most=2, version=3) == fault

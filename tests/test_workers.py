@@ -159,6 +159,11 @@ def mistake(example, position):
     raise BadInput("model: its processor cannot be used")
 
 
+@pytest.mark.fault(
+    fault="data: its worker is killed",
+    injected="SIGKILL in the middle of a row, and while idle",
+    expected="the row is prepared by a new process; one warning; no row lost or doubled",
+)
 def test_a_process_that_is_killed_is_replaced_without_loss(rows, workers, tmp_path, capfd):
     stream = open_stream(rows, partial(die_once, marker=tmp_path / "died"), workers, shuffle=False)
     assert [row for row, _ in stream.next_items(4)] == [0, 1, 2, 4]
@@ -176,6 +181,11 @@ def test_a_process_that_is_killed_is_replaced_without_loss(rows, workers, tmp_pa
     assert others == {"warning: a data worker ended while idle"}
 
 
+@pytest.mark.fault(
+    fault="data: a row that kills every worker",
+    injected="SIGKILL at each try",
+    expected="set aside after two tries",
+)
 def test_a_row_that_ends_every_process_is_a_bad_row(rows, workers):
     message = r"(?s)3 rows cannot be used.*row 6 \(id -\): 2 processes have ended while preparing it \(SIGKILL"
     with pytest.raises(BadInput, match=message):
@@ -184,6 +194,11 @@ def test_a_row_that_ends_every_process_is_a_bad_row(rows, workers):
     assert [row for row, _ in stream.next_items(5)] == [0, 1, 2, 7, 4]
 
 
+@pytest.mark.fault(
+    fault="data: a worker raises",
+    injected="ZeroDivisionError, what cannot be pickled",
+    expected="the row is named",
+)
 def test_what_goes_wrong_in_a_process_names_the_row(rows, workers):
     with pytest.raises(RuntimeError, match=r"(?s)row 6 of .* cannot be prepared:.*in crash.*ZeroDivisionError"):
         open_stream(rows, crash, workers).next_items(ROWS - 2)
@@ -243,6 +258,11 @@ def living(session: int) -> list[int]:
 
 
 @pytest.mark.parametrize("end", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.fault(
+    fault="orphans: data workers",
+    injected="SIGKILL (slow: SIGINT) of the trainer",
+    expected="no process of its session is left",
+)
 def test_no_process_outlives_the_trainer(end, start, tmp_path):
     overrides = [*SMALL_GRPO, "trainer.max_steps=10000", f"model={start}", f"output_dir={tmp_path}", "data.workers=2"]
     trainer = subprocess.Popen(
