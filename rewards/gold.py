@@ -1,7 +1,7 @@
 """The right answer of a row, looked at when data is loaded: its type, and whether an answer can be compared with it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from rewards import structure
@@ -45,6 +45,8 @@ def gold_type(row: Row) -> str:
 
 def gold_problem(row: Row) -> str | None:
     """What is wrong with a gold, as far as can be seen without algebra; None for one that can be compared with."""
+    if problem := _column_problem(row):
+        return problem
     try:
         kind, _ = type_of(row.answer_type), allowed(row.tolerance)
     except ValueError as error:
@@ -59,6 +61,18 @@ def gold_problem(row: Row) -> str | None:
     if not text_key(gold):
         return f"{shown(row.gold)} says nothing"
     return _choice_problem(gold, kind, row) or _text_problem(gold, gold_type(row))
+
+
+def _column_problem(row: Row) -> str | None:
+    """Data may hold anything in the columns beside the gold."""
+    if not isinstance(row.answer_type, str | None):
+        return f"`answer_type` must be text, not {type(row.answer_type).__name__}"
+    if not isinstance(row.options, Sequence | Mapping | None):
+        return f"`options` must be a list of texts, not {type(row.options).__name__}"
+    if not isinstance(row.tolerance, Mapping | None):
+        return f"`tolerance` must be like {{relative: 0.05}}, not {type(row.tolerance).__name__}"
+    sizes = [size for size in (row.tolerance or {}).values() if not isinstance(size, int | float | None)]
+    return f"`tolerance` holds {sizes[0]!r}, which is no number" if sizes else None
 
 
 def _choice_problem(gold: str, kind: str, row: Row) -> str | None:

@@ -7,6 +7,7 @@ more, in a new process, and then counts as failed.
 import atexit
 import os
 import pickle
+import sys
 import threading
 import time
 from collections import deque
@@ -124,6 +125,8 @@ class Pool:
         tasks[0].attempts += 1
         if gone.outcome == Outcome.TIMEOUT or tasks[0].attempts == ATTEMPTS or self._closed:
             tasks.popleft().result.set_result(Result(Done(seconds=seconds), gone.outcome, str(gone)))
+        else:
+            print(f"warning: {gone}; its job is done once more, in a new process", file=sys.stderr, flush=True)
 
     def _new_worker(self) -> WorkerProcess:
         if self._closed:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import safe_open
 
 from sail_rl.command_line import BadInput
+from sail_rl.run_folder import read_saved
 from sail_rl.weight_files import (
     WeightFile,
     new_folder,
@@ -145,7 +145,7 @@ def parents(folder: Path) -> list[str]:
     run = folder.parent if folder.name == "final" else folder.parent.parent
     if not (run / "config.yaml").is_file():
         return []
-    recipe: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())
+    recipe: dict[str, Any] = read_saved(run)
     model = recipe["model"]
     # A run from fresh weights: these follow from kind and seed.
     return [model["path"] or f"fresh weights: {model['random_init']}, seed {recipe['seed']}"]
@@ -184,7 +184,7 @@ def merge_adapter(target: Path, base: Path, adapter: Path) -> None:
     refuse_occupied(target)
     if not (adapter / "adapter_config.json").is_file():
         raise BadInput(f"--adapter {adapter}: there is no adapter_config.json")
-    model = transformers.AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(base, dtype="auto", trust_remote_code=False)
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     with new_folder(target) as folder:
         carry_over(base, folder)

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.profiler import record_function
 
 from sail_rl.launch import Run
+from sail_rl.run_folder import replace_text
 from sail_rl.watchdog import mark
 
 PLAIN_LINE_EVERY = 10  # steps, where the output is not a terminal
@@ -102,9 +103,7 @@ def keep_steps_until(file: Path, step: int) -> None:
     """Drop records after `step`, which a resumed run writes again."""
     if file.is_file():
         lines = [line for line in file.read_text().splitlines() if 0 < step_of(line) <= step]
-        kept = file.with_suffix(".tmp")
-        kept.write_text("".join(f"{line}\n" for line in lines))
-        os.replace(kept, file)
+        replace_text(file, "".join(f"{line}\n" for line in lines))
 
 
 def step_of(line: str) -> int:

@@ -63,11 +63,20 @@ def check_run(recipe: CommonRecipe) -> None:
 def saved_recipe(folder: Path, kind: type[CommonRecipe]) -> Any:
     """The recipe of the run in a folder. Keys that are newer than it have their defaults; what no longer is a recipe of
     this kind stays as it was written."""
-    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    saved = read_saved(folder)
     try:
         return kind.model_validate(saved).model_dump(mode="json")
     except ValidationError:
         return saved
+
+
+def read_saved(run_folder: Path) -> Any:
+    """A run's config.yaml as plain values: it may come from elsewhere, with objects in it that would be made."""
+    file = run_folder / "config.yaml"
+    try:
+        return yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{file} is not the recipe of a run: {' '.join(str(error).split())}") from None
 
 
 def has_begun(folder: Path) -> bool:
@@ -167,9 +176,14 @@ def installed(package: str) -> str | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a file whole: a reader never sees half of it."""
+    """Replace a file of one JSON value."""
+    replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file whole: a reader never sees half of it, nor does whoever goes on after an end in the middle."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 

@@ -58,6 +58,9 @@ def read_weight_files(folder: Path) -> dict[str, WeightFile]:
         names = sorted(set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
         raise BadInput(f"{folder / INDEX_NAME} is not an index of weight files: {error!r}") from error
+    for name in names:
+        if Path(name).name != name:  # results are written under the same names: never outside their folder
+            raise BadInput(f"{folder / INDEX_NAME} names {name!r}, which is no plain file name")
     return {name: read_header(folder / name) for name in names}
 
 

@@ -10,8 +10,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 178_956_970  # Pillow's own bound; larger pictures are refused before they are decoded
-# What Pillow raises for files that are no pictures, torn ones, and bombs.
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+# What Pillow raises for files that are no pictures, torn ones, and bombs; its AVIF and DDS readers RuntimeErrors.
+IMAGE_ERRORS = (
+    *(OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, zlib.error),
+    Image.DecompressionBombError,
+)
 
 
 class BadRow(Exception):
@@ -36,11 +39,14 @@ def open_image(image: Any, folder: Path) -> Image.Image:
         return image
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
-    if isinstance(image, bytes):
-        return Image.open(io.BytesIO(image))
-    if not isinstance(image, str):
+    if not isinstance(image, bytes | str):
         raise BadRow(f"an image is a path, bytes or a picture, not {type(image).__name__}")
-    return Image.open(folder / image)
+    if isinstance(image, str) and (folder / image).exists() and not (folder / image).is_file():
+        raise BadRow(f"image {image} is no file")  # a pipe would be waited for
+    picture = Image.open(io.BytesIO(image) if isinstance(image, bytes) else folder / image)
+    if picture.format == "EPS":
+        raise BadRow("an EPS picture is a program, which would be run to draw it; save it as PNG")
+    return picture
 
 
 def image_path(image: Any) -> str | None:

@@ -87,7 +87,7 @@ class JsonLinesRows:
         self.file.seek(self.starts[index])
         try:
             row = json.loads(self.file.readline())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of 5,000 digits, endless brackets
             raise BadRow(f"not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise BadRow(f"a row is a JSON object, not {type(row).__name__}")
@@ -103,7 +103,7 @@ class JsonRows:
         self.name, self.folder = str(path), path.parent
         try:
             values = json.loads(path.read_bytes())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{path} is not valid JSON: {error}") from None
         self.rows = list(values.values()) if isinstance(values, dict) else values
 

@@ -17,6 +17,7 @@ from sail_rl.data.images import IMAGE_ERRORS, BadRow, open_image
 from sail_rl.data.mixture import JoinedRows, Part, make_order
 from sail_rl.data.videos import check_video
 from sail_rl.data.workers import Workers
+from sail_rl.run_folder import replace_text
 
 Item = TypeVar("Item")
 MISTAKES_SHOWN = 20
@@ -162,7 +163,7 @@ class RowStream(Generic[Item]):
         file, found = self.quarantine_file, []
         if file and file.is_file() and self.shard.rank == 0:
             starts = dict(zip((part.name for part in self.rows.parts), self.rows.starts, strict=False))
-            records = [json.loads(line) for line in file.read_text().splitlines()]
+            records = [json.loads(line) for line in whole_lines(file)]
             ours = [record for record in records if record["source"] in starts]
             found = [(starts[record["source"]] + record["row"] - 1, record["reason"]) for record in ours]
         known = dict(self.shard.gather(found))
@@ -171,21 +172,24 @@ class RowStream(Generic[Item]):
 
     def _record(self, file: Path, bad: list[tuple[int, str]]) -> None:
         """Add rows to the quarantine file, except those that an earlier part of the same run has put there."""
-        known = set(file.read_text().splitlines()) if file.is_file() else set()
-        lines = []
+        lines = whole_lines(file) if file.is_file() else []
         for index, why in bad:
             part, number = self.rows.locate(index)
             lines.append(
                 json.dumps({"source": part.name, "row": number + 1, "id": row_id(part, number), "reason": why})
             )
-        with file.open("a") as appended:
-            appended.writelines(line + "\n" for line in lines if line not in known)
+        replace_text(file, "".join(f"{line}\n" for line in dict.fromkeys(lines)))
 
     def _described(self, index: int) -> str:
         """A row by number and id, and by source where there are several."""
         part, number = self.rows.locate(index)
         name = f"row {number + 1}" if len(self.rows.parts) == 1 else self.rows.row_name(index)
         return f"{name} (id {row_id(part, number)})"
+
+
+def whole_lines(file: Path) -> list[str]:
+    """The records of a file, without one that a killed run has left unfinished."""
+    return [line.removesuffix("\n") for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def undecoded_row(part: Part, number: int) -> dict[str, Any]:

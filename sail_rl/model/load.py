@@ -30,6 +30,8 @@ PARTS = {
     "adapter": ("multi_modal_projector", "visual.merger", "visual.deepstack_merger_list"),
     "llm": ("language_model", "lm_head"),
 }
+# Said aloud, since transformers would else ask at the terminal whether to run the Python files of a checkpoint.
+NO_CODE = {"trust_remote_code": False}
 # What model.random_init makes: a processor for a corpus, and a model for a processor.
 TINY: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "tiny": (tiny_processor, tiny_model),
@@ -89,7 +91,7 @@ def load_checkpoint(path: str, dtype: str):
     try:
         processor = load_processor(path)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=getattr(torch, dtype), output_loading_info=True
+            path, dtype=getattr(torch, dtype), output_loading_info=True, **NO_CODE
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         gist = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -105,7 +107,7 @@ def load_checkpoint(path: str, dtype: str):
 def load_processor(path: str):
     """The checkpoint's processor; AutoProcessor would look for a released one's remote code."""
     kind = SailVL2Processor if released_values(path) else AutoProcessor
-    return kind.from_pretrained(path, padding_side="left")
+    return kind.from_pretrained(path, padding_side="left", **NO_CODE)
 
 
 def freeze(model, part: str) -> None:

@@ -144,7 +144,7 @@ def released_text(text: Any) -> dict[str, Any]:
 
 def released_processor(name_or_path: str | Path, released: dict[str, Any]) -> SailVL2Processor:
     """Our processor for a released folder or Hub id: its tokenizer, its tiling, our chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left", trust_remote_code=False)
     lacking = sorted({START_IMAGE, IMAGE_CONTEXT, END_IMAGE} - set(tokenizer.get_vocab()))
     if lacking:
         raise ValueError(f"{name_or_path}: the tokenizer lacks {', '.join(lacking)}")
