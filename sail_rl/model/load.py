@@ -1,6 +1,7 @@
 """A model and its processor, as `model:` in the recipe asks for them."""
 
 from collections.abc import Callable
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def load_checkpoint(path: str, dtype: str):
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path, dtype=getattr(torch, dtype), output_loading_info=True, **NO_CODE
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
         gist = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInput(f"model.path = {path}: the checkpoint cannot be loaded: {gist}") from error
     model, told = loaded
