@@ -30,6 +30,7 @@ from sail_rl.metrics import deviation, mean
 from sail_rl.questions import Question, reward_columns
 from sail_rl.sampling import training_sampling
 
+FEW_SCORED = 200  # completions: of fewer, one failure would be too large a share
 MOST_MISSING = 0.2  # share of a step's verdicts that a judge may fail to give
 STEPS_OF_PATIENCE = 3  # with more missing, until the run stops: an endpoint may restart
 
@@ -187,7 +188,7 @@ def count_failures(
     }
     for reward in rewards:
         failed = counts[reward.name]
-        if failed > MOST_FAILED * scored and not reward.asks_judge:
+        if failed > MOST_FAILED * max(scored, FEW_SCORED) and not reward.asks_judge:
             raise BadInput(
                 f"reward {reward.name!r} failed on {failed} of {scored} completions, more than {MOST_FAILED:.0%}{last}"
             )

@@ -87,6 +87,11 @@ def flip(path: Path) -> None:
         (Path.unlink, MANIFEST, "manifest.json is missing or has been changed"),
     ],
 )
+@pytest.mark.fault(
+    fault="checkpoint: torn",
+    injected="weights, state or manifest truncated, a bit flipped, a file or a folder gone",
+    expected="the checkpoint before is taken; the broken one is named with its fault and set aside",
+)
 def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, capsys, harm, name, told):
     good, broken = write(tmp_path, 2), write(tmp_path, 4)
     keep_newest(tmp_path, 2)
@@ -101,6 +106,11 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, caps
     assert newest_whole(tmp_path) == (good, {})
 
 
+@pytest.mark.fault(
+    fault="checkpoint: torn",
+    injected="each byte of the manifest with a bit flipped",
+    expected="no other meaning",
+)
 def test_no_bit_of_a_manifest_can_change_its_meaning(tmp_path):
     file = write(tmp_path, 1, accuracy=0.25) / MANIFEST
     content, meaning = file.read_bytes(), read_manifest(file.parent)
@@ -120,6 +130,11 @@ def test_another_format_is_not_read(tmp_path):
 # ---- all of a run's
 
 
+@pytest.mark.fault(
+    fault="checkpoint: torn",
+    injected="no checkpoint that is whole",
+    expected="the run is refused and names the faults; it never begins anew",
+)
 def test_a_run_with_nothing_whole_stops_and_changes_nothing(tmp_path):
     folder = tmp_path / "checkpoints"
     flip(write(folder, 1) / "model.safetensors")
@@ -137,6 +152,11 @@ def test_a_run_with_nothing_whole_stops_and_changes_nothing(tmp_path):
     assert newest_checkpoint(Run(SimpleNamespace(), tmp_path / "new", None, Shard())) is None
 
 
+@pytest.mark.fault(
+    fault="checkpoint: killed while saving",
+    injected="a half-written folder and link",
+    expected="cleared away; the one before is taken",
+)
 def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path):
     good = write(tmp_path, 1)
     (begin_folder(tmp_path / "step_2") / "model.safetensors").touch()
@@ -171,6 +191,11 @@ def test_links_of_a_best_that_broke(tmp_path):
     assert names(tmp_path) == {"step_1", "step_2.broken", "latest"}
 
 
+@pytest.mark.fault(
+    fault="checkpoint: killed while saving",
+    injected="SIGKILL at random instants of saves, again and again",
+    expected="after each a whole checkpoint, `latest` valid",
+)
 def test_killed_at_any_moment(tmp_path):
     result = command("tests/kill_while_saving.py", tmp_path / "checkpoints", KILLS)
     assert result.returncode == 0, result.stderr
@@ -235,6 +260,11 @@ def sizes(checkpoint: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.pt", "tokenizer.json"])
+@pytest.mark.fault(
+    fault="checkpoint: full disk",
+    injected="a limit on file sizes, for each kind of file",
+    expected="the checkpoint before is intact, nothing of the new one is left, the run goes on and says so",
+)
 def test_a_save_that_fails_costs_nothing_else(tmp_path, model, capsys, limit_files, name):
     """Whichever file the disk refuses; the next save is a whole one again."""
     saver = saver_of(tmp_path, model)
@@ -254,6 +284,11 @@ def test_a_save_that_fails_costs_nothing_else(tmp_path, model, capsys, limit_fil
     assert os.readlink(folder / "latest") == "step_3"
 
 
+@pytest.mark.fault(
+    fault="checkpoint: a folder that cannot be written",
+    injected="`checkpoints` is a file",
+    expected="the run ends after two failed saves in a row",
+)
 def test_two_failures_in_a_row_stop_the_run(tmp_path, model):
     """Nothing can be written where `checkpoints` is a file."""
     saver = saver_of(tmp_path, model)
@@ -272,6 +307,11 @@ class Failing:
         raise OSError(28, "No space left on device")
 
 
+@pytest.mark.fault(
+    fault="checkpoint: full disk for one of two processes",
+    injected="ENOSPC in the second one's part",
+    expected="neither waits for the other; nothing is left",
+)
 def test_processes_agree(tmp_path, model):
     """One of two fails, the second, whose files are its own: neither waits for the other, and nothing is left."""
     waiting, everyone = Barrier(2, timeout=60), [[], []]
@@ -301,6 +341,11 @@ def test_processes_agree(tmp_path, model):
     assert names(tmp_path / "checkpoints") == set()
 
 
+@pytest.mark.fault(
+    fault="hostile: a pickle as a run's state",
+    injected="trainer_state.pt that makes a file when it is unpickled, with a valid manifest",
+    expected="refused; nothing is run",
+)
 def test_nothing_pickled_is_run(tmp_path, model):
     """A state that would run a program when it is unpickled is refused, whatever its manifest says."""
 

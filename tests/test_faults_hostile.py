@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ import yaml
 from conftest import ROOT
 from tiny_models import processor_for_questions
 
-from sail_rl.checkpoint import load_progress
 from sail_rl.command_line import BadInput, load_recipe
 from sail_rl.config import GrpoRecipe
 from sail_rl.merge import merge_adapter, parents
@@ -89,18 +87,6 @@ def test_weights_that_are_a_program(checkpoint, tmp_path, marker, form):
     write(checkpoint / "pytorch_model.bin")
     with pytest.raises(BadInput, match="the checkpoint cannot be loaded"):
         load_checkpoint(str(checkpoint), "float32")
-
-
-@pytest.mark.fault(
-    fault="hostile: a pickle as a run's state",
-    injected="trainer_state.pt that calls os.system",
-    expected="refused; nothing is run",
-)
-def test_a_state_that_is_a_program(tmp_path, marker):
-    torch.save({"optimizer": {}, "progress": Payload(marker)}, tmp_path / "trainer_state.pt")
-    run = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace()), shard=SimpleNamespace(world_size=1))
-    with pytest.raises(Exception, match=r"(?i)weights.only|trainer_state"):
-        load_progress(run, tmp_path, None)
 
 
 @pytest.mark.fault(

@@ -4,6 +4,8 @@ import random
 import signal
 import threading
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from test_pool import JOBS, SECONDS
@@ -11,11 +13,15 @@ from test_pool import JOBS, SECONDS
 from rewards import algebra_pool
 from rewards.accuracy import accuracy_verdicts
 from rewards.format import format_reward
-from rewards.load import load_reward
+from rewards.load import Reward, load_reward
 from rewards.pool import Pool
 from rewards.score import score
 from rewards.verdict import Outcome
 from rewards.worker import Job
+from sail_rl.checkpoint import Progress
+from sail_rl.command_line import BadInput
+from sail_rl.scoring import Outcome as Scored
+from sail_rl.scoring import count_failures
 
 
 @pytest.fixture
@@ -92,6 +98,21 @@ def test_workers_killed_at_random(workers, capfd):
     assert [n for n, one in enumerate(found) if one.value != right[n] and one.outcome != Outcome.INFRA_ERROR] == []
     assert "its job is done once more" in capfd.readouterr().err
     assert [one.value for one in accuracy_verdicts(completions, answer=golds)] == right
+
+
+@pytest.mark.fault(
+    fault="reward: fails on too many",
+    injected="1 and 11 of the first 16 completions, 10 and 11 of 200",
+    expected="a failure or two among few do not stop a run; more than 5 % do",
+)
+@pytest.mark.parametrize(("failed", "of", "stops"), [(1, 16, False), (11, 16, True), (10, 200, False), (11, 200, True)])
+def test_how_often_a_reward_may_fail(failed, of, stops):
+    outcomes = [
+        Scored(3, False, None if n < failed else 1.0, {"mine": None}, {"mine": n < failed}, {}) for n in range(of)
+    ]
+    run, rewards = SimpleNamespace(recipe=None), [Reward("mine", len)]
+    with pytest.raises(BadInput, match=f"failed on {failed} of {of}") if stops else nullcontext():
+        assert count_failures(run, rewards, Progress(), outcomes, [])["reward_failures"] == {"mine": failed}
 
 
 @pytest.mark.fault(
