@@ -35,11 +35,11 @@ from benchmarks.common import SHORT_RESULTS, machine, markdown, results_file, sa
 from benchmarks.quickstart_runs import sft_start
 
 STEPS, SHORT_STEPS = 2000, 60
-SAVE_EVERY = 20
+SAVE_EVERY, SHORT_SAVE_EVERY = 20, 2
 UNDISTURBED = 0.6  # share of the shaky run's steps that get no signal: one process lives as long as they last
 MOST_GROWTH = 0.05
 ENDINGS = {signal.SIGTERM: 75, signal.SIGKILL: -signal.SIGKILL}  # the exit codes that they must have
-BETWEEN, SHORT_BETWEEN = (20.0, 100.0), (1.0, 4.0)  # seconds of training from one signal to the next
+BETWEEN, SHORT_BETWEEN = (20.0, 100.0), (3.0, 15.0)  # seconds of training from one signal to the next
 POLL = 0.5  # seconds
 REWARD = '''
 import os, random, signal, time, zlib
@@ -95,6 +95,7 @@ class Part:
     undisturbed: int
     """Steps before the first signal."""
     seed: int
+    save_every: int
     between: tuple[float, float]
     server_dies: bool = False
 
@@ -133,13 +134,13 @@ def parts(arguments: argparse.Namespace) -> Iterator[Part]:
     (home / "shaky.py").write_text(REWARD)
     start, steps, seed = sft_start(arguments.seed, arguments.short), arguments.steps, arguments.seed
 
-    between = SHORT_BETWEEN if arguments.short else BETWEEN
+    rhythm = (SHORT_SAVE_EVERY, SHORT_BETWEEN) if arguments.short else (SAVE_EVERY, BETWEEN)
 
     def part(name: str, steps: int, undisturbed: int, *more: str, faults: bool = True, server: bool = False) -> Part:
         entry = f"{{function: '{home}/shaky.py:shaky', weight: 0.1, timeout: 0.3, seed: {seed}, faults: {faults}}}"
         rewards = f"rewards=[{{function: accuracy, weight: 0.9}}, {{function: format, weight: 0.1}}, {entry}]"
         overrides = (f"model={start}", f"seed={seed}", rewards, f"data.eval.rows={arguments.questions}", *SMALL, *more)
-        return Part(name, home / name, overrides, steps, undisturbed, seed, between, server)
+        return Part(name, home / name, overrides, steps, undisturbed, seed, *rhythm, server)
 
     yield part("calm", steps, steps, faults=False)
     yield part("shaky", steps, int(UNDISTURBED * steps))
@@ -178,11 +179,12 @@ def disturbed(part: Part, launch: int) -> Iterator[dict[str, Any]]:
     with (part.folder / f"launch_{launch}.log").open("w") as log:
         trainer = psutil.Popen(command(part), stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         try:
-            due = None
+            due, found = math.inf, steps_done(part)
             while trainer.poll() is None:
                 step = steps_done(part)
-                due = due or (step >= part.undisturbed and step > 0 and time.monotonic() + wait)
-                if part.undisturbed < part.steps and due and time.monotonic() > due:
+                if due == math.inf and step != found and part.undisturbed <= step < part.steps:  # it is training
+                    due = time.monotonic() + wait
+                if time.monotonic() > due:
                     saving = when_saving and wait_for_save(part, trainer)
                     trainer.send_signal(ending)
                     code = trainer.wait()
@@ -202,7 +204,11 @@ def disturbed(part: Part, launch: int) -> Iterator[dict[str, Any]]:
 
 def command(part: Part) -> list[str]:
     """The same at every launch."""
-    limits = (f"trainer.max_steps={part.steps}", f"trainer.save_every={SAVE_EVERY}", f"output_dir={part.folder}/run")
+    limits = (
+        f"trainer.max_steps={part.steps}",
+        f"trainer.save_every={part.save_every}",
+        f"output_dir={part.folder}/run",
+    )
     return [sys.executable, "sail_rl/train_grpo.py", "recipes/quickstart.yaml", *part.overrides, *limits]
 
 
