@@ -40,6 +40,7 @@ UNDISTURBED = 0.6  # share of the shaky run's steps that get no signal: one proc
 MOST_GROWTH = 0.05
 ENDINGS = {signal.SIGTERM: 75, signal.SIGKILL: -signal.SIGKILL}  # the exit codes that they must have
 BETWEEN, SHORT_BETWEEN = (20.0, 100.0), (3.0, 15.0)  # seconds of training from one signal to the next
+SERVER_LIVES = 5.0  # seconds with steps, on average
 POLL = 0.5  # seconds
 REWARD = '''
 import os, random, signal, time, zlib
@@ -179,7 +180,7 @@ def disturbed(part: Part, launch: int) -> Iterator[dict[str, Any]]:
     with (part.folder / f"launch_{launch}.log").open("w") as log:
         trainer = psutil.Popen(command(part), stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         try:
-            due, found = math.inf, steps_done(part)
+            due, found, killed_at = math.inf, steps_done(part), 0
             while trainer.poll() is None:
                 step = steps_done(part)
                 if due == math.inf and step != found and part.undisturbed <= step < part.steps:  # it is training
@@ -190,7 +191,8 @@ def disturbed(part: Part, launch: int) -> Iterator[dict[str, Any]]:
                     code = trainer.wait()
                     yield {"what": "signal", "name": ending.name, "code": code, "step": step, "saving": saving}
                     break
-                if part.server_dies and step and chance.random() < POLL / 15:
+                if part.server_dies and step > killed_at and chance.random() < POLL / SERVER_LIVES:
+                    killed_at = step
                     yield from kill_server(trainer, step)
                 yield sample(trainer, step)
                 time.sleep(POLL)
