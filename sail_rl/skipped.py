@@ -5,7 +5,7 @@ Suffixes: _B completions, _C tokens of a completion.
 """
 
 import sys
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from sail_rl.command_line import BadInput
 from sail_rl.launch import Run
 
 STEPS_OF_PATIENCE = 3
+WHY = "updates/why"
 
 
 def is_finite(tensor: torch.Tensor | None) -> bool:
@@ -37,11 +38,14 @@ def reason(run: Run, tensors: Iterable[Mapping[str, torch.Tensor | None]], loss:
     return f"not finite: {', '.join(told)} (the gradient's norm is {norm})"
 
 
+def skipped_figures(reasons: Sequence[str]) -> dict[str, Any]:
+    """How many updates of a step were left out, and why, if any was."""
+    return {"updates/skipped": len(reasons)} | ({WHY: reasons} if reasons else {})
+
+
 def note_skipped(run: Run, step: int, progress: Progress, figures: MutableMapping[str, Any]) -> int:
-    """Steps in a row of which an update was left out, this one among them. Its figures get the number of updates in the
-    place of the reasons."""
-    reasons = figures["updates/skipped"]
-    figures["updates/skipped"] = len(reasons)
+    """Steps in a row of which an update was left out, this one among them. Its reasons are told, and are no figures."""
+    reasons = figures.pop(WHY, [])
     if not reasons:
         return 0
     in_a_row, why = progress.steps_skipped + 1, "; ".join(dict.fromkeys(reasons))

@@ -24,7 +24,7 @@ from sail_rl.questions import Question
 from sail_rl.routing import balance_term, routing_figures
 from sail_rl.sampling import filters_of
 from sail_rl.sharding import backward, clip_and_step, sharding_of, sync_gradients
-from sail_rl.skipped import reason
+from sail_rl.skipped import reason, skipped_figures
 
 
 def make_groups(
@@ -72,7 +72,7 @@ def update_policy(
                 tensors = [known_tensors(*pair) for pair in zip(mini_batch.batches, parts, strict=True)]
                 skipped.append(reason(run, tensors, own["loss"], grad_norm))
     sums, updates = run.sum(sums), iterations * len(mini_batches)
-    figures = update_figures(sums, iterations, updates, grad_norm) | {"updates/skipped": skipped}
+    figures = update_figures(sums, iterations, updates, grad_norm) | skipped_figures(skipped)
     batches = [batch for mini_batch in mini_batches for batch in mini_batch.batches]
     old_log_probs = [part.old_BC for parts in known for part in parts if part.old_BC is not None]
     return figures | routing_figures(model, sums, updates) | parity_figures(run, old_log_probs, batches)

@@ -17,7 +17,7 @@ from sail_rl.losses import PolicyTerms, masked_sum, sample_scales, supervised_lo
 from sail_rl.model.router import recorded_routers
 from sail_rl.routing import balance_term, routing_figures, tokens_read
 from sail_rl.sharding import backward, clip_and_step, sync_gradients
-from sail_rl.skipped import reason
+from sail_rl.skipped import reason, skipped_figures
 
 
 def update_supervised(run: Run, model, optimizer, batches: Sequence[TrainingBatch]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def update_supervised(run: Run, model, optimizer, batches: Sequence[TrainingBatc
     skipped = [] if math.isfinite(grad_norm) else [reason(run, [], sums["loss"], grad_norm)]
     sums = run.sum(sums)
     figures = supervised_figures(run.recipe.data.thinking, sums, counts) | {"grad_norm": grad_norm}
-    figures |= {"updates/skipped": skipped}
+    figures |= skipped_figures(skipped)
     return figures | routing_figures(model, sums, updates=1)
 
 
