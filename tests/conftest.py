@@ -2,8 +2,12 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,19 +18,66 @@ BIN = Path(sys.executable).parent
 # A step of the quickstart made as small as it goes.
 SMALL = ("data.eval.rows=8", "trainer.max_steps=2", "trainer.eval_every=null")
 SMALL_GRPO = (*SMALL, "rollout.prompts_per_step=4", "rollout.num_generations=4", "rollout.max_completion_length=12")
+LONGEST = 540  # seconds, of a command
 REWARD = "def spread(completions, **columns):\n    return [float(sum(map(ord, text)) % 11) for text in completions]\n"
 
 
-def command(*arguments: object, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess:
-    """Run one of our commands from the repository's root; output and errors as text."""
+WARM = "warm"  # python, with its modules loaded
+
+
+def command(*arguments: object, launcher: tuple[str, ...] = (WARM,)) -> subprocess.CompletedProcess:
+    """Run one of our commands from the repository's root; output and errors as text. A GPU cannot be forked."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if launcher == (WARM,) and shutil.which("nvidia-smi") is None:
+        return WarmPython.the_one().run([*map(str, arguments)], environment)
     return subprocess.run(
-        [*launcher, *map(str, arguments)],
+        [*(sys.executable if part == WARM else part for part in launcher), *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        env=environment,
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=LONGEST,
     )
+
+
+class WarmPython:
+    """tests/warm_process.py, one for all tests of this process."""
+
+    running: "WarmPython | None" = None
+
+    @classmethod
+    def the_one(cls) -> "WarmPython":
+        if cls.running is None or cls.running.process.poll() is not None:
+            cls.running = cls()
+        return cls.running
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/warm_process.py")],
+            cwd=ROOT,
+            # No threads of numpy's, which would not be in the forks.
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.one_at_a_time = threading.Lock()
+
+    def run(self, arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+        """A fork's exit code and output."""
+        with tempfile.TemporaryDirectory() as folder, self.one_at_a_time:
+            files = [Path(folder) / name for name in ("output", "errors")]
+            for file in files:
+                file.touch()
+            asked = {"arguments": arguments, "environment": environment, "output": [*map(str, files)]}
+            assert self.process.stdin
+            assert self.process.stdout
+            print(json.dumps(asked), file=self.process.stdin, flush=True)
+            killing = threading.Timer(LONGEST, os.kill, (json.loads(self.process.stdout.readline()), signal.SIGKILL))
+            killing.start()
+            code = json.loads(self.process.stdout.readline())
+            killing.cancel()
+            return subprocess.CompletedProcess(arguments, code, *(file.read_text() for file in files))
 
 
 def torchrun(processes: int) -> tuple[str, ...]:

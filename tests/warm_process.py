@@ -1,0 +1,58 @@
+"""A Python that has loaded torch and our modules, and forks a process for each command that a test runs.
+
+Most of a tiny run's time is the loading. A fork runs the script as `python script` does: its own arguments,
+environment, `__main__`, `sys.path`, exit handlers and exit code. A line of JSON asks for a run.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LOADED = ("torch._dynamo", "datasets", "sail_rl.model.load", "sail_rl.scoring", "sail_rl.engines", "sail_rl.finish")
+LOADED += ("sail_rl.cli", "sail_rl.doctor", "deepspeed", "cv2", "transformers.tokenization_mistral_common")
+LOADED += ("sail_rl.update", "sail_rl.update_sft", "sail_rl.overlap", "sail_rl.eval", "sail_rl.transcripts")
+
+
+def next_command() -> dict:
+    """Load everything, then answer; returns in the fork alone."""
+    for name in LOADED:
+        importlib.import_module(name)
+    importlib.import_module("sail_rl.model.load").picture_corpus()  # remembered
+    assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
+    replies = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            replies.close()
+            return json.loads(line)
+        print(json.dumps(child), file=replies, flush=True)
+        print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), file=replies, flush=True)
+    sys.exit()
+
+
+def become(command: dict) -> None:
+    """This process, as if it had just been started."""
+    for number, (path, mode) in enumerate(((os.devnull, os.O_RDONLY), *((p, os.O_WRONLY) for p in command["output"]))):
+        file = os.open(path, mode)
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdin = os.fdopen(0)  # what the pipe has brought already is not this process's
+    os.environ.clear()
+    os.environ.update(command["environment"])
+    os.chdir(ROOT)
+
+
+if __name__ == "__main__":
+    COMMAND = next_command()
+    become(COMMAND)
+    ARGUMENTS = COMMAND["arguments"]
+    if ARGUMENTS[0] == "-m":
+        sys.path[0], sys.argv = str(ROOT), ARGUMENTS[1:]
+        runpy.run_module(ARGUMENTS[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0], sys.argv = str((ROOT / ARGUMENTS[0]).parent), ARGUMENTS
+        runpy.run_path(ARGUMENTS[0], run_name="__main__")
