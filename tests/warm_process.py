@@ -8,6 +8,8 @@ import importlib
 import json
 import os
 import runpy
+import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -19,24 +21,54 @@ LOADED += ("sail_rl.update", "sail_rl.update_sft", "sail_rl.overlap", "sail_rl.e
 
 def next_command() -> dict:
     """Load everything, then answer; returns in the fork alone."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # modules greet
     for name in LOADED:
         importlib.import_module(name)
     importlib.import_module("sail_rl.model.load").picture_corpus()  # remembered
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
-    replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            replies.close()
-            return json.loads(line)
-        print(json.dumps(child), file=replies, flush=True)
-        print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), file=replies, flush=True)
+        command = json.loads(line)
+        forks = []
+        for place in places(command["processes"]):
+            forks.append(os.fork())
+            if forks[-1] == 0:
+                replies.close()
+                return command | {"environment": command["environment"] | place}
+        print(json.dumps(forks), file=replies, flush=True)
+        print(json.dumps(first_failure(forks)), file=replies, flush=True)
     sys.exit()
+
+
+def places(processes: int) -> list[dict[str, str]]:
+    """What each of several processes is told, as torchrun does; nothing for one alone."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    return [shared | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) for rank in range(processes)]
+
+
+def first_failure(forks: list[int]) -> int:
+    """The first exit code that is not 0, after which the others are killed; else 0."""
+    left, code = set(forks), 0
+    while left:
+        ended, status = os.wait()
+        left.discard(ended)
+        if status and not code:
+            code = os.waitstatus_to_exitcode(status)
+            for fork in left:
+                os.kill(fork, signal.SIGKILL)
+    return code
 
 
 def become(command: dict) -> None:
     """This process, as if it had just been started."""
-    for number, (path, mode) in enumerate(((os.devnull, os.O_RDONLY), *((p, os.O_WRONLY) for p in command["output"]))):
+    for number, (path, mode) in enumerate(
+        ((os.devnull, os.O_RDONLY), *((p, os.O_WRONLY | os.O_APPEND) for p in command["output"]))
+    ):
         file = os.open(path, mode)
         os.dup2(file, number)
         os.close(file)

@@ -23,11 +23,16 @@ def plan(path: str, overrides: list[str], gpus: str, **told: float | int | None)
     sizes = sizes_of(recipe.model)
     expected = expected_of(recipe, sizes, *(told.get(name) for name in ("prompt", "tiles", "completion")))  # type: ignore[arg-type]
     task = Task(recipe, sizes, gpu, count, expected)
-    tasks = [replace(task, sharding=sharding) for sharding in SHARDINGS] if count > 1 else [task]
+    tasks = ways(task)
     print("\n".join([*about(task), "", *table(tasks), "", *times(task)]))
     if not any(one.fits for one in tasks):
         print("\n".join(["", *advice(task)]))
     return any(one.fits for one in tasks)
+
+
+def ways(task: Task) -> list[Task]:
+    """Each way in which the GPUs can share the model."""
+    return [replace(task, sharding=sharding) for sharding in SHARDINGS] if task.count > 1 else [task]
 
 
 def about(task: Task) -> list[str]:

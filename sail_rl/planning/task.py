@@ -193,7 +193,11 @@ def tokens_of(shape: Shape) -> int:
 
 
 def expected_of(
-    recipe: CommonRecipe, sizes: Sizes, prompt: int | None, tiles: int | None, completion: int | None
+    recipe: CommonRecipe,
+    sizes: Sizes,
+    prompt: int | None = None,
+    tiles: int | None = None,
+    completion: int | None = None,
 ) -> Expected:
     """What the command line says; else a picture of four tiles and its thumbnail, and half of the longest answer."""
     tiles = min(5, (recipe.model.max_tiles or 4) + 1) if tiles is None else tiles
