@@ -36,10 +36,20 @@ ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "vllm.v1.worker.gpu_worker.Worker": {"reload_weights": ()},
 }
-SETTINGS = ("load_format", "max_model_len", "max_num_seqs", "gpu_memory_utilization", "enforce_eager")
+SETTINGS: tuple[str, ...] = ("load_format", "max_model_len", "max_num_seqs", "gpu_memory_utilization", "enforce_eager")
 SETTINGS += ("enable_sleep_mode", "logprobs_mode", "skip_mm_profiling", "distributed_executor_backend")
 SETTINGS += ("mm_device_do_normalize", "seed", "dtype")
-SAMPLING = ("n", "temperature", "max_tokens", "seed", "logit_bias", "stop_token_ids", "ignore_eos", "logprobs", "stop")
+SAMPLING: tuple[str, ...] = (
+    "n",
+    "temperature",
+    "max_tokens",
+    "seed",
+    "logit_bias",
+    "stop_token_ids",
+    "ignore_eos",
+    "logprobs",
+    "stop",
+)
 SAMPLING += ("detokenize", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
