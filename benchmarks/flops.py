@@ -7,7 +7,11 @@ padded batch computes the masked half as well: the ratios are those of the work 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
+from sail_rl.flops import Shape, model_cost
 from sail_rl.model.configuration_sail_vl2 import SailVL2Config
+from sail_rl.model.modeling_sail_vl2 import SailVL2ForConditionalGeneration
 
 TYPICAL_PROMPT = 1024  # tokens, at which tower and language model are compared
 
@@ -42,27 +46,12 @@ class Work:
 
 
 def costs_of(config: SailVL2Config) -> Costs:
-    """Costs of a SAIL-VL2 with a dense Qwen3."""
-    text = config.text_config
-    queries, keys = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-    layer = text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
-    return Costs(
-        tile=tile_cost(config),
-        token=2 * text.num_hidden_layers * layer,
-        pair=4 * text.num_hidden_layers * queries,
-        scored=2 * text.hidden_size * text.vocab_size,
-    )
-
-
-def tile_cost(config: SailVL2Config) -> float:
-    """Forward FLOPs of the tower and the adapter on one tile."""
-    vision, width = config.vision_config, config.text_config.hidden_size
-    patches = (vision.image_size // vision.patch_size) ** 2
-    hidden, fold = vision.hidden_size, round(1 / config.downsample_ratio) ** 2
-    layer = 2 * hidden * (4 * hidden + 3 * vision.intermediate_size) + 4 * patches * hidden
-    embedding = 2 * vision.num_channels * vision.patch_size**2 * hidden
-    adapter = 2 * (fold * hidden * width + width * width)
-    return patches * (vision.num_hidden_layers * layer + embedding) + patches // fold * adapter
+    """Costs of a SAIL-VL2, by the formulas of sail_rl/flops.py."""
+    with torch.device("meta"):
+        cost = model_cost(SailVL2ForConditionalGeneration(config))
+    one_tile = Shape((round(config.vision_config.image_size / cost.patch_size) ** 2,), config.image_seq_length, 0, ())
+    _, _, _, llm, head = cost.parts
+    return Costs(cost.forward_of(one_tile), llm.forward(1, 0), llm.attention, head.forward(1, 0))
 
 
 def tower_share(config: SailVL2Config) -> float:

@@ -15,7 +15,8 @@ from transformers import AutoModelForImageTextToText
 
 from benchmarks.full_step import Task, never_written, new_run, trl_trainer
 from rollouts.picture_tokens import collapsed
-from rollouts.vllm_colocate import CPU_ENVIRONMENT, ENVIRONMENT, VLLMEngine
+from rollouts.vllm_colocate import VLLMEngine
+from rollouts.vllm_compat import CPU_ENVIRONMENT, ENVIRONMENT
 from sail_rl.checkpoint import full_parameters
 from sail_rl.engines import make_vllm_engine, picture_tokens
 

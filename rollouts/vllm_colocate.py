@@ -5,7 +5,6 @@ them come with the first push. Prompts are sent as token ids, so that nothing is
 """
 
 import hashlib
-import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,30 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from rollouts import Finished, Prompt, Rollout, Sampling, unheard
+from rollouts import Finished, Prompt, Rollout, Sampling, unheard, vllm_compat
 from rollouts.picture_tokens import PictureTokens, collapsed
+from rollouts.vllm_compat import EngineSettings
 
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-# Without `nobind` vLLM ties the process, and with it the trainer, to one thread.
-CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 SEEDS = 2**62  # members of a group count on from their prompt's seed, within what torch takes
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What vLLM is started with."""
-
-    dtype: str
-    max_model_len: int
-    """Most tokens of a prompt and its completion."""
-    max_num_seqs: int = 256
-    """Most completions that are written at once."""
-    gpu_memory_utilization: float = 0.4
-    """Share of the GPU that weights and cache of the engine may take together."""
-    kv_cache_gib: int = 1
-    """Cache on a CPU."""
-    enforce_eager: bool = False
-    """No CUDA graphs: a faster start and slower writing."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +50,8 @@ class VLLMEngine:
         self.picture = picture
         self.weight_version: int | None = None
         """None while some weight is not the trainer's."""
-        self.in_group = several_processes()
-        self.llm = start(folder, settings)
+        self.in_group = vllm_compat.several_processes()
+        self.llm = vllm_compat.start(folder, settings)
         self.dtype = getattr(torch, settings.dtype)
         self.on_gpu = torch.cuda.is_available()
         self.asleep = False
@@ -81,11 +61,8 @@ class VLLMEngine:
         self.weight_version = None
         missing, mistakes = set(self.weight_names), list[Exception]()
         stream = until_mistake(self._expected(parameters, missing), mistakes)
-        # Its own load_weights fails after the start on a CPU: the linear layers have been packed by then.
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
-        if not self.on_gpu:
-            self.llm.apply_model(pack_experts)
-        self.reset_caches()
+        vllm_compat.reload_weights(self.llm, stream)
+        vllm_compat.reset_caches(self.llm)
         if mistakes:
             raise mistakes[0]
         if missing:
@@ -102,12 +79,6 @@ class VLLMEngine:
             missing.discard(name)
             yield name, tensor.detach()
 
-    def reset_caches(self) -> None:
-        """Forget what old weights have computed: prefixes, and the features of pictures in two places."""
-        self.llm.reset_prefix_cache()
-        self.llm.reset_mm_cache()
-        self.llm.llm_engine.reset_encoder_cache()
-
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, finished: Finished = unheard
     ) -> list[Rollout]:
@@ -117,30 +88,13 @@ class VLLMEngine:
         count = group_size if sampling.temperature else 1  # vLLM writes one likeliest completion only
         requests = [request(prompt, self.picture) for prompt in prompts]
         groups: dict[int, list[Rollout]] = {}
-        for place, output in self._write(requests, [self._params(p, count, sampling) for p in prompts]):
+        for place, output in vllm_compat.write(self.llm, requests, [self._params(p, count, sampling) for p in prompts]):
             groups[place] = [self._rollout(written) for written in output.outputs] * (group_size // count)
             finished(place, groups[place])
         return [rollout for place in range(len(prompts)) for rollout in groups[place]]
 
-    def _write(self, requests: list[Any], params: list[Any]) -> Iterator[tuple[int, Any]]:
-        """vLLM's outputs as they are finished, with the places of their requests.
-
-        What an error leaves of the requests is taken out: every later call would go on with it.
-        """
-        engine = self.llm.llm_engine
-        try:
-            first = self.llm.request_counter.counter  # requests are numbered
-            self.llm.enqueue(requests, params, use_tqdm=False)
-            while engine.has_unfinished_requests():
-                yield from ((int(output.request_id) - first, output) for output in engine.step() if output.finished)
-        except BaseException:
-            engine.abort_request(list(engine.output_processor.request_states), internal=True)
-            raise
-
     def _params(self, prompt: Prompt, count: int, sampling: Sampling) -> Any:
-        from vllm import SamplingParams
-
-        return SamplingParams(
+        return vllm_compat.sampling_params(
             n=count,
             temperature=sampling.temperature,
             max_tokens=sampling.max_completion_length,
@@ -169,24 +123,10 @@ class VLLMEngine:
 
     def receive(self, prompt: Prompt) -> Received:
         """Send a prompt as `generate` does, and tell what reached the model."""
-        self.reset_caches()  # a picture that is known would not be read again
-        read: list[torch.Tensor] = []
-
-        def watch(model: Any) -> None:
-            own = model.embed_multimodal
-
-            def noting(**inputs: Any) -> Any:
-                read.append(inputs["pixel_values"])
-                return own(**inputs)
-
-            model.embed_multimodal = noting
-
-        self.llm.apply_model(watch)
+        vllm_compat.reset_caches(self.llm)  # a picture that is known would not be read again
         params = self._params(prompt, 1, Sampling(max_completion_length=1, temperature=0))
-        try:
-            ((_, output),) = self._write([request(prompt, self.picture)], [params])
-        finally:
-            self.llm.apply_model(lambda model: delattr(model, "embed_multimodal"))
+        with vllm_compat.pixels_noted(self.llm) as read:
+            ((_, output),) = vllm_compat.write(self.llm, [request(prompt, self.picture)], [params])
         return Received(list(output.prompt_token_ids), self.digest(read))
 
     def digest(self, parts: Sequence[torch.Tensor]) -> str | None:
@@ -196,69 +136,19 @@ class VLLMEngine:
     def sleep(self) -> None:
         """Give the GPU's memory back until `wake`; weights must be pushed after that."""
         if self.on_gpu and not self.asleep:
-            self.llm.sleep(level=2)
+            vllm_compat.sleep(self.llm)
             self.asleep, self.weight_version = True, None
 
     def wake(self) -> None:
         """Take the GPU's memory again."""
         if self.asleep:
-            torch.cuda.empty_cache()
-            self.llm.wake_up()
+            vllm_compat.wake(self.llm)
             self.asleep = False
 
     def close(self) -> None:
         """End the engine; its memory is free."""
-        core: Any = self.llm.llm_engine.engine_core
-        if self.in_group:  # all else that vLLM would do, now or when it is collected, ends the trainer's group as well
-            core._finalizer.detach()
-            core.engine_core.model_executor.shutdown()
-        else:
-            core.shutdown()
+        vllm_compat.close(self.llm, self.in_group)
         del self.llm
-
-
-def start(folder: Path, settings: EngineSettings) -> Any:
-    """A vLLM engine in this process. Its environment must be set before vLLM is imported."""
-    on_gpu = torch.cuda.is_available()
-    for name, value in (ENVIRONMENT if on_gpu else ENVIRONMENT | CPU_ENVIRONMENT).items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache_gib))
-    set_threads, random_state = torch.set_num_threads, torch.get_rng_state()
-    from vllm import LLM
-
-    llm = LLM(
-        str(folder),
-        dtype=settings.dtype,
-        load_format="dummy",
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        enforce_eager=settings.enforce_eager or not on_gpu,
-        enable_sleep_mode=on_gpu,
-        logprobs_mode="processed_logprobs",  # of the distribution that tokens are drawn from
-        skip_mm_profiling=not on_gpu,
-        # In one of several processes that train, the engine must join their group, which it finds already made.
-        distributed_executor_backend="external_launcher" if several_processes() else None,
-        mm_device_do_normalize=False,  # pictures reach the model as the processor made them, and can be compared
-        seed=0,
-    )
-    # vLLM seeds the whole process, and on a CPU takes away the function that sets the number of threads.
-    torch.set_num_threads = set_threads
-    torch.set_rng_state(random_state)
-    return llm
-
-
-def several_processes() -> bool:
-    """Whether this is one of several processes that train together."""
-    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-
-
-def pack_experts(model: Any) -> None:
-    """Lay out a mixture's experts as their CPU kernel reads them, which vLLM 0.31 does after its start alone."""
-    for layer in model.modules():
-        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
-        if kernel is not None:
-            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def request(prompt: Prompt, picture: PictureTokens) -> Any:

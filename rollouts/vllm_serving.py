@@ -26,6 +26,7 @@ from safetensors.torch import load
 
 from rollouts import Prompt, Rollout, Sampling, wire
 from rollouts.vllm_colocate import VLLMEngine
+from rollouts.vllm_compat import refused
 from rollouts.weight_channel import Receiver
 
 PR_SET_PDEATHSIG = 1
@@ -96,14 +97,13 @@ class Host:
         self, engine: VLLMEngine, prompts: list[Prompt], group_size: int, sampling: Sampling, job: Job
     ) -> dict[str, Any]:
         """Tell each group as soon as it is whole; a prompt that is too long is the request's fault."""
-        from vllm.exceptions import VLLMValidationError
 
         def finished(place: int, group: list[Rollout]) -> None:
             job.told.put({"part": wire.group_told(place, prompts[place], group)})
 
         try:
             engine.generate(prompts, group_size, sampling, finished)
-        except VLLMValidationError as mistake:
+        except refused() as mistake:
             raise ValueError(str(mistake)) from mistake
         return {}
 

@@ -20,7 +20,8 @@ from safetensors.torch import load, save, save_file
 
 from rollouts import Filters, Prompt, Rollout, Sampling
 from rollouts.picture_tokens import PictureTokens
-from rollouts.vllm_colocate import EngineSettings, Received
+from rollouts.vllm_colocate import Received
+from rollouts.vllm_compat import EngineSettings
 
 LENGTH_BYTES = 8
 SHARD = 2**28  # bytes of weights that are held at once, beside the model

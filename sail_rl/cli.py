@@ -34,6 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.add_argument("recipe", help="a YAML file, such as recipes/rlvr.yaml")
     doctor.add_argument("overrides", nargs="*", metavar="key.sub=value", help="recipe keys to change")
     doctor.set_defaults(run_command=examine_recipe)
+    add_plan(commands.add_parser("plan", help="what a recipe needs of memory and time on GPUs, and what to change"))
     add_eval(commands.add_parser("eval", help="let a recipe's model answer its data.eval, and say how well it does"))
     compare = commands.add_parser("eval-compare", help="two evaluations of the same questions, with a paired test")
     compare.add_argument("first", type=Path, help="the folder of a `sail-rl eval`")
@@ -61,6 +62,19 @@ def make_parser() -> argparse.ArgumentParser:
     merge.add_argument("--recipe", type=Path, help="evaluate all of them, and the result, on the recipe's data.eval")
     merge.set_defaults(run_command=merge_checkpoints)
     return parser
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """`sail-rl plan`."""
+    parser.add_argument("recipe", help="a recipe of either trainer")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="recipe keys to change")
+    parser.add_argument("--gpus", required=True, help="such as 8xH100")
+    parser.add_argument("--prompt", type=int, help="tokens of a prompt, its pictures included, in the mean")
+    parser.add_argument("--tiles", type=int, help="tiles of a prompt's pictures, thumbnails included")
+    parser.add_argument("--completion", type=int, help="tokens of an answer, in the mean")
+    parser.add_argument("--memory-gib", type=float, help="of a GPU that is not in the table, or in the place of it")
+    parser.add_argument("--tflops", type=float, help="the same: dense, in bfloat16")
+    parser.set_defaults(run_command=plan_run)
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +158,15 @@ def examine_recipe(arguments: argparse.Namespace) -> None:
 
     if not examine(arguments.recipe, arguments.overrides):
         sys.exit(EXIT_BAD_INPUT)
+
+
+def plan_run(arguments: argparse.Namespace) -> None:
+    """Exit with 1 where it does not fit."""
+    from sail_rl.planning.command import plan
+
+    told = {name: getattr(arguments, name) for name in ("prompt", "tiles", "completion", "memory_gib", "tflops")}
+    if not plan(arguments.recipe, arguments.overrides, arguments.gpus, **told):
+        sys.exit(1)
 
 
 def run_stages(arguments: argparse.Namespace) -> None:

@@ -111,7 +111,7 @@ def patient_gather(shard: Shard, wait: float) -> Callable[[list[Any]], list[Any]
 
 def engine_settings(run: Run, model):
     """What the recipe says about vLLM."""
-    from rollouts.vllm_colocate import EngineSettings
+    from rollouts.vllm_compat import EngineSettings
 
     rollout, vllm = run.recipe.rollout, run.recipe.rollout.vllm
     most = run.recipe.data.max_prompt_length + rollout.max_completion_length

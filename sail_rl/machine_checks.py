@@ -6,12 +6,14 @@ Mistakes are raised as BadInput with what to do. Imports no torch at the top.
 import importlib.metadata
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from sail_rl.command_line import BadInput
 from sail_rl.config import CommonRecipe, GrpoRecipe
+from sail_rl.gpus import Gpu, named_in
 from sail_rl.run_folder import check_run, installed
 
 GIB = 2**30
@@ -53,6 +55,35 @@ def check_device(recipe: CommonRecipe) -> str:
     free, memory = (value / GIB for value in torch.cuda.mem_get_info())
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "missing"
     return f"{count} x {torch.cuda.get_device_name()}, {free:.0f} of {memory:.0f} GiB free, NCCL {nccl}"
+
+
+def check_memory(recipe: CommonRecipe) -> str:
+    """What `sail-rl plan` says of the GPUs that are here."""
+    found = gpus_here()
+    if found is None:
+        return "no GPU; sail-rl plan RECIPE --gpus 8xH100 tells what some would hold"
+    from sail_rl.planning.command import advice, ways
+    from sail_rl.planning.sizes import sizes_of
+    from sail_rl.planning.task import Task, expected_of
+
+    count, gpu = found
+    sizes = sizes_of(recipe.model)
+    tasks = ways(Task(recipe, sizes, gpu, count, expected_of(recipe, sizes)))
+    fitting = [task for task in tasks if task.fits]
+    if not fitting:
+        raise BadInput(f"on {count} {gpu.name} {'; '.join(line.strip() for line in advice(tasks[0]))}")
+    least = f"{fitting[0].peak:.0f} of {gpu.memory_gib:.0f} GiB on each {gpu.name}"
+    return least if count == 1 else f"{least} with recipes/accelerate/{fitting[0].sharding.file}"
+
+
+def gpus_here() -> tuple[int, Gpu] | None:
+    """How many, and what the first one is; one that is not in the table is told by the driver, but for its speed."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1] / GIB
+    return torch.cuda.device_count(), replace(named_in(name) or Gpu(name, 0, 1, 1), memory_gib=memory)
 
 
 def check_files(recipe: CommonRecipe) -> str:

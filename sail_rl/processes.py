@@ -41,6 +41,8 @@ def make_accelerator(recipe: CommonRecipe) -> Accelerator:
     asked, on_cpu = asked_for(), not torch.accelerator.is_available()
     if asked == "FSDP" and os.environ.get("FSDP_VERSION") != "2":
         raise BadInput(f"{CONFIGURATION} asks for the first FSDP; these trainers need fsdp_version: 2")
+    if asked == "DEEPSPEED" and on_cpu:
+        exchange_by_gloo()
     accelerator = Accelerator(
         # Unless told, accelerate takes each of several processes on a CPU for a run of its own; if told, it forgets
         # DeepSpeed, and has to be given the backend instead.
@@ -57,6 +59,13 @@ def make_accelerator(recipe: CommonRecipe) -> Accelerator:
     unset_hf_deepspeed_config()
     check_launch(accelerator, asked)
     return accelerator
+
+
+def exchange_by_gloo() -> None:
+    """DeepSpeed would first compile an exchange over shared memory, for a minute; gloo has one."""
+    from deepspeed.comm import torch as backend
+
+    backend.build_shm_op = lambda: None
 
 
 def shard_on_cpu(accelerator: Accelerator) -> None:

@@ -70,6 +70,7 @@ def complete_deepspeed_config(run: Run) -> None:
         gradient_accumulation_steps=1,
         train_micro_batch_size_per_gpu=1,  # of no effect, but asked for
         train_batch_size=run.shard.world_size,
+        zero_force_ds_cpu_optimizer=False,  # torch's AdamW in main memory, too: DeepSpeed compiles its own
     )
 
 

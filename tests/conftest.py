@@ -2,8 +2,12 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,19 +19,77 @@ BIN = Path(sys.executable).parent
 # A step of the quickstart made as small as it goes.
 SMALL = ("data.eval.rows=8", "trainer.max_steps=2", "trainer.eval_every=null")
 SMALL_GRPO = (*SMALL, "rollout.prompts_per_step=4", "rollout.num_generations=4", "rollout.max_completion_length=12")
+FORKED = "forked"
+LONGEST = 540  # seconds, of a command
 REWARD = "def spread(completions, **columns):\n    return [float(sum(map(ord, text)) % 11) for text in completions]\n"
 
 
-def command(*arguments: object, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess:
+ONE = (sys.executable,)
+
+
+def command(*arguments: object, launcher: tuple[str, ...] = ONE) -> subprocess.CompletedProcess:
     """Run one of our commands from the repository's root; output and errors as text."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if launcher == ONE or launcher[0] == FORKED:
+        if shutil.which("nvidia-smi") is None:
+            processes = 1 if launcher == ONE else int(launcher[1])
+            return WarmPython.the_one().run([*map(str, arguments)], environment, processes)
+        launcher = launcher if launcher == ONE else torchrun(int(launcher[1]))  # what has seen a GPU cannot be forked
     return subprocess.run(
         [*launcher, *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        env=environment,
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=LONGEST,
     )
+
+
+class WarmPython:
+    """tests/warm_process.py, one for all tests of this process."""
+
+    running: "WarmPython | None" = None
+
+    @classmethod
+    def the_one(cls) -> "WarmPython":
+        if cls.running is None or cls.running.process.poll() is not None:
+            cls.running = cls()
+        return cls.running
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/warm_process.py")],
+            cwd=ROOT,
+            # No threads of numpy's, which would not be in the forks.
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.one_at_a_time = threading.Lock()
+
+    def run(self, arguments: list[str], environment: dict[str, str], processes: int) -> subprocess.CompletedProcess:
+        """Exit code and output of a fork, or of several that find each other as torchrun's processes do."""
+        with tempfile.TemporaryDirectory() as folder, self.one_at_a_time:
+            files = [Path(folder) / name for name in ("output", "errors")]
+            for file in files:
+                file.touch()
+            asked = {"arguments": arguments, "environment": environment, "output": [*map(str, files)]}
+            asked["processes"] = processes
+            assert self.process.stdin
+            assert self.process.stdout
+            print(json.dumps(asked), file=self.process.stdin, flush=True)
+            forks = json.loads(self.process.stdout.readline())
+            killing = threading.Timer(LONGEST, lambda: [os.kill(fork, signal.SIGKILL) for fork in forks])
+            killing.start()
+            code = json.loads(self.process.stdout.readline())
+            killing.cancel()
+            return subprocess.CompletedProcess(arguments, code, *(file.read_text() for file in files))
+
+
+def forked(processes: int) -> tuple[str, ...]:
+    """The same processes as torchrun's, without their loading; for where the launcher is not what is tested."""
+    return (FORKED, str(processes))
 
 
 def torchrun(processes: int) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch import distributed
 
 from rollouts import wire
 from rollouts.picture_tokens import PictureTokens
-from rollouts.vllm_colocate import EngineSettings
+from rollouts.vllm_compat import EngineSettings
 from rollouts.vllm_server import Crew, Limits, ServerEngine
 from sail_rl.command_line import BadInput
 from sail_rl.data.stream import Shard

@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from conftest import BIN, SMALL, SMALL_GRPO, command, torchrun
+from conftest import BIN, SMALL, SMALL_GRPO, command, forked, torchrun
 from PIL import Image
 
 pytestmark = pytest.mark.dist
@@ -131,6 +131,6 @@ def test_two_passes_end_together_whatever_each_process_has(start, tmp_path):
 
 def test_rows_that_cannot_be_shared(start, tmp_path):
     overrides = (f"model={start}", f"output_dir={tmp_path / 'run'}", "rollout.prompts_per_step=3")
-    result = command("sail_rl/train_grpo.py", "recipes/quickstart.yaml", *SMALL, *overrides, launcher=torchrun(2))
+    result = command("sail_rl/train_grpo.py", "recipes/quickstart.yaml", *SMALL, *overrides, launcher=forked(2))
     assert result.returncode != 0
     assert "rollout.prompts_per_step = 3 cannot be shared by 2 processes" in result.stderr

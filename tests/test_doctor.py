@@ -1,17 +1,19 @@
 """`sail-rl doctor`, run as a user would: every check says ok or what to do, and nothing is left behind."""
 
 import json
+import re
 
 import pytest
 from conftest import command
 from PIL import Image
 
 from sail_rl import machine_checks
-from sail_rl.command_line import BadInput
+from sail_rl.command_line import BadInput, load_recipe
 from sail_rl.config import GrpoRecipe
-from sail_rl.machine_checks import check_packages, room
+from sail_rl.gpus import parse_gpus
+from sail_rl.machine_checks import check_memory, check_packages, room
 
-NAMES = ["recipe", "packages", "device", "files", "model", "disk", "data", "engine", "parity", "rewards"]
+NAMES = ["recipe", "packages", "device", "files", "memory", "model", "disk", "data", "engine", "parity", "rewards"]
 TINY = ("model={random_init: tiny}", "rollout.max_completion_length=12")
 
 
@@ -46,7 +48,7 @@ def test_with_vllm(start, tmp_path):
 
 def test_an_sft_recipe(tmp_path):
     code, verdicts, told = doctor(tmp_path, recipe="recipes/quickstart_sft.yaml")
-    assert (code, verdicts) == (0, [("ok", name) for name in NAMES[:7]]), told
+    assert (code, verdicts) == (0, [("ok", name) for name in NAMES[:8]]), told
 
 
 def test_mistakes_in_the_recipe(tmp_path):
@@ -74,8 +76,8 @@ def test_every_problem_has_its_line(tmp_path):
     }, told
     code, verdicts, told = doctor(tmp_path, "model=./nowhere", f"data.train={tmp_path / 'none.jsonl'}")
     assert code == 2
-    assert verdicts[3:5] == [("problem", "files"), ("problem", "model")]
-    assert {verdict for verdict, _ in verdicts[5:]} == {"skipped"}
+    assert verdicts[3:6] == [("problem", "files"), ("ok", "memory"), ("problem", "model")]
+    assert {verdict for verdict, _ in verdicts[6:]} == {"skipped"}
     assert "model.path = ./nowhere" in told
 
 
@@ -88,6 +90,19 @@ def test_packages_out_of_range(monkeypatch):
     monkeypatch.setattr(machine_checks, "installed", lambda name: old.get(name, own(name)))
     with pytest.raises(BadInput, match=r"pyarrow is missing, >=17 is needed; torch 2\.10\.0, <2\.14,>=2\.11 is needed"):
         check_packages(recipe)
+
+
+def test_memory_of_the_gpus_that_are_here(monkeypatch):
+    recipe = load_recipe(GrpoRecipe, "recipes/rlvr.yaml", ["model.path=somebody/SAIL-VL2-2B"])
+    for gpus, told in (
+        ("2xH100", r"66 of 79 GiB on each H100 with recipes/accelerate/ddp_8\.yaml"),
+        ("H200", "GiB on each"),
+    ):
+        monkeypatch.setattr(machine_checks, "gpus_here", lambda gpus=gpus: parse_gpus(gpus))
+        assert re.search(told, check_memory(recipe)), check_memory(recipe)
+    monkeypatch.setattr(machine_checks, "gpus_here", lambda: parse_gpus("L4"))
+    with pytest.raises(BadInput, match=r"on 1 L4 it does not fit.*update\.token_budget=8192: .*, fits"):
+        check_memory(recipe)
 
 
 def test_room(tmp_path):

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
-from conftest import SMALL_GRPO, command, torchrun
+from conftest import SMALL_GRPO, command, forked
 
 from rewards.score import Scores, joined
 from rollouts import Rollout, Sampling
@@ -160,7 +160,7 @@ def test_a_run_in_two_processes_stopped_and_resumed(start, tmp_path):
     common += ["grpo.mini_batches=2", "grpo.top_entropy_quantile=0.5"]
     for name, last in (("whole", 2), ("parts", 1), ("parts", 2)):
         run = (f"output_dir={tmp_path / name}", f"trainer.max_steps={last}")
-        result = command(*common, *run, launcher=torchrun(2))
+        result = command(*common, *run, launcher=forked(2))
         assert result.returncode == 0, result.stderr[-5000:]
     whole = records(tmp_path / "whole")
     assert whole == records(tmp_path / "parts")

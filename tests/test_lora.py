@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import SMALL_GRPO, command, torchrun
+from conftest import SMALL_GRPO, command, forked
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import MODELS, completion_logits, groups, mixed_batch, processor_for_questions
@@ -308,7 +308,7 @@ def test_two_processes_equal_one(start, tmp_path, script, recipe):
     """SFT with gradient checkpointing; GRPO with a KL term, whose reference switches the adapters off and on."""
     common = lora_run(script, recipe, start, tmp_path, dropout=0.0)
     common += ["trainer.gradient_checkpointing=true"] if script == "train_sft.py" else []
-    for processes, launcher in (("one", (sys.executable,)), ("two", torchrun(2))):
+    for processes, launcher in (("one", (sys.executable,)), ("two", forked(2))):
         run_command(*common, f"output_dir={tmp_path / processes}", launcher=launcher)
     assert json.loads((tmp_path / "two/environment.json").read_text())["wrapper"] == "DistributedDataParallel"
     for one, two in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import SMALL_GRPO, command, torchrun
+from conftest import SMALL_GRPO, command, forked
 from judge_server import serve, verdict
 
 from benchmarks import mixed_reward, scene_judge
@@ -201,7 +201,7 @@ def test_two_processes_ask_one_judge_as_one_process_does(start, tmp_path):
 
     common = (*SMALL_GRPO, f"model={start}", "judge.tries=1", "trainer.max_steps=2", rewards)
     figures, asked = {}, {}
-    for count, launcher in ((1, {}), (2, {"launcher": torchrun(2)})):
+    for count, launcher in ((1, {}), (2, {"launcher": forked(2)})):
         run = tmp_path / str(count)
         with serve(script) as server:
             settings = (f"output_dir={run}", f"judge.base_url={server.url}")

@@ -15,10 +15,11 @@ from sail_rl.batch import Group
 from sail_rl.config_data import LoraSection, ModelSection
 from sail_rl.data.example import Example, conversation
 from sail_rl.data.prompting import make_prompt
+from sail_rl.flops import model_cost, patch_windows
 from sail_rl.model.cpu_linear import use_torch
 from sail_rl.model.load import PARTS, TINY, load_model
 from sail_rl.model.lora import add_adapters
-from sail_rl.profiling import model_cost, patch_windows, peak_flops
+from sail_rl.profiling import peak_flops
 
 SIZES = [(56, 56), (112, 56)]
 COMPLETION = 12

@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 from balance_process import EXPERTS, LAYERS, PER_TOKEN, TOKENS, half_mask, part_of_a_process, random_logits
-from conftest import SMALL_GRPO, command, torchrun
+from conftest import SMALL_GRPO, command, forked
 from PIL import Image
 from tiny_models import completion_logits, dense, groups, mixed_batch, mixture, processor_for_questions
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
@@ -221,7 +221,7 @@ def test_grpo_on_two_processes_equals_one(processor, mixed_rows, tmp_path, coeff
     common += [f"rewards=[{{function: '{mixed_rows / 'mine.py'}:spread'}}]", f"data.train={mixed_rows / 'rows.jsonl'}"]
     common += ["data.shuffle=false", f"update.token_budget={budget}", "grpo.beta=0.1", "optim.warmup_steps=0"]
     found = []
-    for processes, launcher in (("one", (sys.executable,)), ("two", torchrun(2))):
+    for processes, launcher in (("one", (sys.executable,)), ("two", forked(2))):
         result = command(*common, f"output_dir={tmp_path / processes}", launcher=launcher)
         assert result.returncode == 0, result.stderr
         lines = (tmp_path / processes / "metrics.jsonl").read_text().splitlines()
@@ -247,7 +247,7 @@ def test_the_command_on_two_processes_equals_one(processor, tmp_path):
     common += [f"data.train={tmp_path / 'rows.jsonl'}", "data.shuffle=false", "sft.samples_per_step=4"]
     common += ["trainer.max_steps=2"]
     found = []
-    for processes, launcher in (("one", (sys.executable,)), ("two", torchrun(2))):
+    for processes, launcher in (("one", (sys.executable,)), ("two", forked(2))):
         result = command(*common, f"output_dir={tmp_path / processes}", launcher=launcher)
         assert result.returncode == 0, result.stderr
         found.append([json.loads(line) for line in (tmp_path / processes / "metrics.jsonl").read_text().splitlines()])

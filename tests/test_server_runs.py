@@ -8,7 +8,7 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT, SMALL_GRPO, command, torchrun
+from conftest import ROOT, SMALL_GRPO, command, forked
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
@@ -183,7 +183,7 @@ def test_a_server_of_the_users(start, tmp_path):
 @pytest.mark.dist
 def test_two_processes_share_a_server(start, tmp_path):
     """The losses of one process."""
-    for name, launcher in (("one", (sys.executable,)), ("two", torchrun(2))):
+    for name, launcher in (("one", (sys.executable,)), ("two", forked(2))):
         result = grpo(tmp_path, f"model={start}", f"output_dir={tmp_path / name}", launcher=launcher)
         assert result.returncode == 0, result.stderr[-5000:]
     assert json.loads((tmp_path / "two/environment.json").read_text())["processes"] == 2

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import BIN, ROOT, SMALL, SMALL_GRPO, command
+from conftest import BIN, ONE, ROOT, SMALL, SMALL_GRPO, command
 from safetensors.torch import load_file
 from tiny_models import mixture, processor_for_questions
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -27,25 +27,36 @@ KINDS = {
 }
 
 
-def launcher(kind, folder):
-    """The shipped configuration of this kind, for two processes; one process by plain Python."""
+# Beside them: plain processes, and the optimizer's states in main memory.
+MORE_KINDS = KINDS | {
+    "cpu_2": ("DistributedDataParallel", None),
+    "zero2_offload": KINDS["zero2"],
+    "zero3_offload": KINDS["zero3"],
+}
+
+
+def launcher(kind, folder, processes=2):
+    """The shipped configuration of this kind, for so many processes; one process by plain Python."""
     if kind == "one":
-        return (str(BIN / "python"),)
-    configuration = yaml.safe_load((ROOT / f"recipes/accelerate/{kind}.yaml").read_text()) | {"num_processes": 2}
+        return ONE
+    shipped = ROOT / f"recipes/accelerate/{kind.replace('zero2_offload', 'zero2')}.yaml"
+    configuration = yaml.safe_load(shipped.read_text()) | {"num_processes": processes}
+    if kind == "zero2_offload":
+        configuration["deepspeed_config"]["offload_optimizer_device"] = "cpu"
     file = folder / f"{kind}.yaml"
     file.write_text(yaml.safe_dump(configuration))
     return (str(BIN / "accelerate"), "launch", "--config_file", str(file), "--main_process_port", "0")
 
 
-def run(kind, folder, arguments, name=None):
+def run(kind, folder, arguments, name=None, processes=2):
     """Run a command under a kind of sharding into a folder of its own."""
     target = folder / (name or kind)
-    result = command(*arguments, f"output_dir={target}", launcher=launcher(kind, folder))
+    result = command(*arguments, f"output_dir={target}", launcher=launcher(kind, folder, processes))
     assert result.returncode == 0, result.stderr[-4000:]
     environment = json.loads((target / "environment.json").read_text())
-    if kind in KINDS:
-        assert (environment["wrapper"], environment["sharding"]) == KINDS[kind]
-        assert environment["processes"] == 2
+    if kind != "one":
+        assert (environment["wrapper"], environment["sharding"]) == MORE_KINDS[kind]
+        assert environment["processes"] == processes
     return target
 
 
@@ -142,6 +153,23 @@ def test_other_layouts_equal_one_process(kind, overrides, start, mixed_rows, tmp
 def test_sft_equals_one_process(kind, start, mixed_rows, tmp_path):
     one, sharded = (run(one_kind, tmp_path, sft(mixed_rows, start)) for one_kind in ("one", kind))
     assert_same_run(one, sharded, start)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("kind", MORE_KINDS)
+@pytest.mark.parametrize("recipe", [grpo, sft], ids=["grpo", "sft"])
+def test_three_steps_of_every_kind_equal_one_process(recipe, kind, processes, start, mixed_rows, tmp_path):
+    """The losses within 1e-5, of a run that was ended after two steps and went on; and the final model is the same."""
+    arguments = [*recipe(mixed_rows, start), "data.eval=null", "trainer.save_every=2"]
+    one = run("one", tmp_path, [*arguments, "trainer.max_steps=3"])
+    for steps in (2, 3):
+        many = run(kind, tmp_path, [*arguments, f"trainer.max_steps={steps}"], processes=processes)
+    for ours, theirs in zip(figures(one), figures(many), strict=True):
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-5, abs=1e-6)
+    assert len(figures(many)) == 3
+    assert_same_run(one, many, start)
 
 
 @pytest.mark.dist

@@ -18,6 +18,7 @@ from PIL import Image
 from tiny_models import FILTERS, groups, mixture, processor_for_questions
 
 import rollouts.vllm_colocate
+import rollouts.vllm_compat
 from rollouts import Filters, Sampling
 from rollouts.hf import HFEngine
 from sail_rl.batch import Group, make_batch
@@ -101,7 +102,7 @@ def test_trap_1_a_push_after_the_start(world, model, monkeypatch):
     with pytest.raises((AttributeError, AssertionError), match=r"weight_loader|into parameter"):
         world.engine.llm.apply_model(lambda engine_model: engine_model.load_weights(full_parameters(model)))
     with monkeypatch.context() as patch:
-        patch.setattr(rollouts.vllm_colocate, "pack_experts", lambda model: None)
+        patch.setattr(rollouts.vllm_compat, "pack_experts", lambda model: None)
         world.engine.load_weights(full_parameters(model), 1)
         assert gap(world, model) > FAR
     for version in (1, 2):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from rollouts import Filters, Prompt, Rollout, Sampling, wire
 from rollouts.picture_tokens import PictureTokens
-from rollouts.vllm_colocate import EngineSettings
+from rollouts.vllm_compat import EngineSettings
 from rollouts.wire import broken
 
 WHOLE = Rollout([5, 6], [-0.1, -1e-17], "naïve \x00 <b>", "stop", 3)

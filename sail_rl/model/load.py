@@ -1,6 +1,7 @@
 """A model and its processor, as `model:` in the recipe asks for them."""
 
 from collections.abc import Callable
+from functools import cache
 from pickle import UnpicklingError
 from typing import Any
 
@@ -16,6 +17,7 @@ from sail_rl.data.pictures import picture_row
 from sail_rl.model.cpu_linear import is_faster_here, use_onednn
 from sail_rl.model.liger import require_liger, use_liger
 from sail_rl.model.lora import add_adapters
+from sail_rl.model.parts import PARTS
 from sail_rl.model.processing_sail_vl2 import SailVL2Processor
 from sail_rl.model.released_config import released_values
 from sail_rl.model.router import find_routers
@@ -25,12 +27,6 @@ from sail_rl.model.tiny_internvl import tiny_internvl_model, tiny_internvl_proce
 from sail_rl.model.tiny_qwen3_vl import tiny_qwen3_vl_model, tiny_qwen3_vl_processor
 from sail_rl.policy import Policy
 
-# Parts by their names in transformers' vision-language models (InternVL's, Qwen-VL's).
-PARTS = {
-    "tower": ("vision_tower", "visual.blocks", "visual.patch_embed", "visual.pos_embed"),
-    "adapter": ("multi_modal_projector", "visual.merger", "visual.deepstack_merger_list"),
-    "llm": ("language_model", "lm_head"),
-}
 # Said aloud, since transformers would else ask at the terminal whether to run the Python files of a checkpoint.
 NO_CODE = {"trust_remote_code": False}
 # What model.random_init makes: a processor for a corpus, and a model for a processor.
@@ -128,6 +124,7 @@ def starting_policy(section: ModelSection, seed: int, policy: nn.Module, attenti
     return Policy(load_model(section, seed)[0].eval().to(next(policy.parameters()).device), attention)
 
 
+@cache
 def picture_corpus() -> list[str]:
     """Text that the tiny tokenizer is made for: questions and reasoning of the picture task."""
     rows = [picture_row("train", index, seed=12345, size=56) for index in range(1500)]
