@@ -82,12 +82,14 @@ class Row:
 
 ROWS = (
     *(Row("sft", "hf", n, n) for n in (1, 2)),
-    *(Row("grpo", "hf", n, n, updates=updates) for n in (1, 2) for updates in (1, 4)),
-    Row("grpo", "hf", 2, 1),
+    *(Row("grpo", "hf", 1, 1, updates=updates) for updates in (1, 4)),
+    Row("grpo", "hf", 2, 2),
     Row("grpo", "vllm_colocate", updates=4),
     *(Row("grpo", "vllm_server", overlap=overlap, updates=4) for overlap in (0, 1)),
-    Row("grpo", "vllm_colocate", 2, 2, updates=4),
+    Row("grpo", "hf", 2, 1),
+    Row("grpo", "hf", 2, 2, updates=4),
     *(Row("grpo", "vllm_server", 2, 2, overlap, updates=4) for overlap in (0, 1)),
+    Row("grpo", "vllm_colocate", 2, 2, updates=4),
 )
 SHORT = (Row("sft", "hf"), Row("grpo", "hf", updates=4))
 

@@ -270,10 +270,14 @@ def save_deepspeed(engine: Any, folder: Path) -> None:
 
 
 def load_deepspeed(engine: Any, folder: Path) -> None:
-    """The same files, read as tensors and numbers: DeepSpeed's own way would run what is pickled in them."""
+    """The same files, read as tensors and plain values: DeepSpeed's own way would run what is pickled in them."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
     def load(path: str, map_location: Any = None) -> Any:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            return torch.load(path, map_location=map_location, weights_only=True)
 
     engine.checkpoint_engine.load = load
     # Not strict: frozen weights are not in these files.

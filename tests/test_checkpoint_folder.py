@@ -29,7 +29,7 @@ from sail_rl.checkpoint_folder import (
 from sail_rl.command_line import BadInput
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
-from sail_rl.sharding import Whole
+from sail_rl.sharding import Whole, load_deepspeed, save_deepspeed
 
 KILLS = 20
 
@@ -341,6 +341,16 @@ def test_processes_agree(tmp_path, model):
     assert names(tmp_path / "checkpoints") == set()
 
 
+class Program:
+    """What is pickled of it would leave a file when it is unpickled."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return Path.touch, (self.folder / "was_run",)
+
+
 @pytest.mark.fault(
     fault="hostile: a pickle as a run's state",
     injected="trainer_state.pt that makes a file when it is unpickled, with a valid manifest",
@@ -349,14 +359,35 @@ def test_processes_agree(tmp_path, model):
 def test_nothing_pickled_is_run(tmp_path, model):
     """A state that would run a program when it is unpickled is refused, whatever its manifest says."""
 
-    class Program:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "was_run",)
-
     target = tmp_path / "checkpoints/step_1"
-    torch.save({"progress": Program()}, begin_folder(target) / "trainer_state.pt")
+    torch.save({"progress": Program(tmp_path)}, begin_folder(target) / "trainer_state.pt")
     complete_folder(target, {})
     saver = saver_of(tmp_path, model)
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         load_progress(saver.run, newest_checkpoint(saver.run), saver.optimizer)
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_deepspeeds_files(tmp_path):
+    """A process that cannot write one of them goes along to the end; and nothing in them is run."""
+    done = []
+
+    def save_checkpoint(folder, **settings):
+        engine.checkpoint_engine.save({"step": torch.ones(1)}, f"{folder}/none/state.pt")
+        engine.checkpoint_engine.save({"step": torch.ones(1)}, f"{folder}/state.pt")
+        done.append("waited for the others")
+
+    def load_checkpoint(folder, **settings):
+        return engine.checkpoint_engine.load(f"{folder}/state.pt")
+
+    engine = SimpleNamespace(
+        checkpoint_engine=SimpleNamespace(), save_checkpoint=save_checkpoint, load_checkpoint=load_checkpoint
+    )
+    with pytest.raises(OSError, match="No such file or directory"):
+        save_deepspeed(engine, tmp_path)
+    assert done == ["waited for the others"]
+    load_deepspeed(engine, tmp_path)
+    torch.save({"step": Program(tmp_path)}, tmp_path / "state.pt")
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        load_deepspeed(engine, tmp_path)
     assert not (tmp_path / "was_run").exists()
