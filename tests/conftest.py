@@ -31,10 +31,11 @@ def command(*arguments: object, launcher: tuple[str, ...] = ONE) -> subprocess.C
     """Run one of our commands from the repository's root; output and errors as text."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     if launcher == ONE or launcher[0] == FORKED:
-        if shutil.which("nvidia-smi") is None:
-            processes = 1 if launcher == ONE else int(launcher[1])
-            return WarmPython.the_one().run([*map(str, arguments)], environment, processes)
-        launcher = launcher if launcher == ONE else torchrun(int(launcher[1]))  # what has seen a GPU cannot be forked
+        processes = 1 if launcher == ONE else int(launcher[1])
+        # What has seen a GPU cannot be forked.
+        if shutil.which("nvidia-smi") is None and (warm := WarmPython.the_one()).is_ready:
+            return warm.run([*map(str, arguments)], environment, processes)
+        launcher = ONE if processes == 1 else torchrun(processes)
     return subprocess.run(
         [*launcher, *map(str, arguments)],
         cwd=ROOT,
@@ -52,7 +53,7 @@ class WarmPython:
 
     @classmethod
     def the_one(cls) -> "WarmPython":
-        if cls.running is None or cls.running.process.poll() is not None:
+        if cls.running is None or (cls.running.is_ready and cls.running.process.poll() is not None):
             cls.running = cls()
         return cls.running
 
@@ -66,6 +67,8 @@ class WarmPython:
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert self.process.stdout
+        self.is_ready = self.process.stdout.readline() == "ready\n"
         self.one_at_a_time = threading.Lock()
 
     def run(self, arguments: list[str], environment: dict[str, str], processes: int) -> subprocess.CompletedProcess:
