@@ -135,3 +135,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def signals_as_before():
+    """A trainer that runs in the tests' own process answers signals until that ends."""
+    from sail_rl import stopping
+
+    before = {number: signal.getsignal(number) for number in stopping.HEARD}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    stopping.Asked.number, stopping.Asked.waits = None, False

@@ -31,7 +31,7 @@ from sail_rl.scoring import gather_outcomes, group_figures
 from sail_rl.train_sft import train
 from sail_rl.update import update_policy
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "signals_as_before")
 NAN, INF = math.nan, math.inf
 ACCELERATE = (str(BIN / "accelerate"), "launch", "--num_processes", "2", "--main_process_port", "0", "--config_file")
 LAUNCHERS = {"DDP": torchrun(2)} | {

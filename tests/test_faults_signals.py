@@ -20,7 +20,7 @@ from sail_rl.data.stream import Shard
 from sail_rl.launch import run_recipe
 from sail_rl.stopping import PREEMPTED, Asked, GivenUp
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "signals_as_before")
 STEPS = 3
 SFT = ["sft.samples_per_step=2", "sft.max_completion_length=4"]
 GRPO = ["model={random_init: tiny}", "rollout.prompts_per_step=2", "rollout.num_generations=2"]
@@ -39,16 +39,7 @@ PLACES = {
         "update": ("sail_rl.update.update_policy", 2, 2),
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def nothing_heard():
-    """Handlers and what they have heard as before."""
-    before = {number: signal.getsignal(number) for number in stopping.HEARD}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    Asked.number, Asked.waits = None, False
+SELDOM = (("sft", "start"), ("sft", "save"), ("grpo", "update"))  # in the slow tests
 
 
 def recipe_of(trainer, folder):
@@ -85,7 +76,14 @@ def straight(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(("trainer", "place"), [(trainer, place) for trainer in PLACES for place in PLACES[trainer]])
+@pytest.mark.parametrize(
+    ("trainer", "place"),
+    [
+        pytest.param(trainer, place, marks=[pytest.mark.slow] if (trainer, place) in SELDOM else [])
+        for trainer in PLACES
+        for place in PLACES[trainer]
+    ],
+)
 @pytest.mark.fault(
     fault="SIGTERM at the start, among completions, in an update, in an evaluation, in a save",
     injected="to the trainer's own process, in the place itself",
@@ -160,6 +158,7 @@ def test_a_second_signal_ends_at_once(number):
     process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.fault(
     fault="SIGTERM to one of two trainers",
