@@ -3,6 +3,7 @@
 Launchers have trained as one process, or with another wrapper than was asked for, without a word.
 """
 
+import importlib
 import os
 from typing import Any
 
@@ -63,8 +64,8 @@ def make_accelerator(recipe: CommonRecipe) -> Accelerator:
 
 def exchange_by_gloo() -> None:
     """DeepSpeed would first compile an exchange over shared memory, for a minute; gloo has one."""
-    from deepspeed.comm import torch as backend
-
+    # Not by `from deepspeed.comm import torch`, which is torch itself.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None
 
 
