@@ -104,7 +104,11 @@ def load_checkpoint(path: str, dtype: str):
 def load_processor(path: str):
     """The checkpoint's processor; AutoProcessor would look for a released one's remote code."""
     kind = SailVL2Processor if released_values(path) else AutoProcessor
-    return kind.from_pretrained(path, padding_side="left", **NO_CODE)
+    processor = kind.from_pretrained(path, padding_side="left", **NO_CODE)
+    for told in ("is_local", "local_files_only"):
+        # Where it came from is not of the model: servers take a resumed run's for another one.
+        processor.tokenizer.init_kwargs.pop(told, None)
+    return processor
 
 
 def freeze(model, part: str) -> None:
