@@ -78,15 +78,22 @@ class Saver:
         """Saves that have failed since this launch."""
         self.in_a_row = 0
 
-    def save(self, progress: Progress, accuracy: float | None = None) -> None:
+    def save(self, progress: Progress, accuracy: float | None = None, leaving: bool = False) -> None:
         """Write `checkpoints/step_N`, with the accuracy on data.eval if it was measured, and drop the oldest beyond
-        `trainer.save_total_limit`."""
+        `trainer.save_total_limit`. A run that is leaving has no second try."""
         error = self.save_if_possible(progress, accuracy)
-        if error and self.in_a_row >= MOST_FAILED:
+        if error and (leaving or self.in_a_row >= MOST_FAILED):
             raise BadInput(
                 f"{self.in_a_row} saves in a row have failed, the last one with {error}; make room in output_dir, or "
                 "mend it: the same command then goes on from the newest checkpoint"
             )
+
+    def save_after(self, end: BaseException, progress: Progress) -> None:
+        """Keep every finished step of a run that ends early; after a signal, its exit code says that they are kept."""
+        if isinstance(end, BadInput):
+            self.save_if_possible(progress)  # the mistake is what is told
+        else:
+            self.save(progress, leaving=True)
 
     def save_if_possible(self, progress: Progress, accuracy: float | None = None) -> str | None:
         """The same, and what has kept any process from writing; then nothing is left of it."""

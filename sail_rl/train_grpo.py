@@ -134,13 +134,13 @@ def train(recipe: GrpoRecipe) -> None:
                 log_verdicts(run, step, questions, rollouts, scores)
                 leaving = stopping.asked(run.shard)
                 if leaving or step == trainer.max_steps or step % trainer.save_every == 0:
-                    saver.save(writer.recorded(progress), figures.get("eval/accuracy"))
+                    saver.save(writer.recorded(progress), figures.get("eval/accuracy"), leaving)
                 if leaving:
                     raise stopping.Preempted
-    except (BadInput, stopping.GivenUp):
+    except (BadInput, stopping.GivenUp) as end:
         # A bad row or a failing reward in the middle of a run loses no work: every finished step is kept.
         with stopping.waiting():
-            saver.save_if_possible(writer.recorded(progress))
+            saver.save_after(end, writer.recorded(progress))
         raise
     after = predictions_once(run, "after", engine, eval_stream)
     engine.close()

@@ -92,13 +92,13 @@ def train(recipe: SftRecipe) -> None:
                 log.write(step, figures)
                 leaving = stopping.asked(run.shard)
                 if leaving or step == trainer.max_steps or step % trainer.save_every == 0:
-                    saver.save(progress, figures.get("eval/accuracy"))
+                    saver.save(progress, figures.get("eval/accuracy"), leaving)
                 if leaving:
                     raise stopping.Preempted
     except BadInput:
         # A bad row in the middle of a run loses no work: every finished step is kept.
         with stopping.waiting():
-            saver.save_if_possible(progress)
+            saver.save_after(end, progress)
         raise
     finish_run(run, whole, processor, progress, [], predictions_once(run, "after", engine, eval_stream))
 

@@ -30,6 +30,7 @@ from sail_rl.command_line import BadInput
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
 from sail_rl.sharding import Whole, load_deepspeed, save_deepspeed
+from sail_rl.stopping import GivenUp
 
 KILLS = 20
 
@@ -297,7 +298,9 @@ def test_two_failures_in_a_row_stop_the_run(tmp_path, model):
     with pytest.raises(BadInput, match=r"2 saves in a row have failed, the last one with .*Not a directory"):
         saver.save(Progress(2))
     assert saver.failed == MOST_FAILED
-    assert saver.save_if_possible(Progress(2))  # as after any mistake: tried once more, without another
+    saver.save_after(BadInput("two have failed"), Progress(2))  # as after any mistake: tried once more, without another
+    with pytest.raises(BadInput, match="saves in a row have failed"):
+        saver.save_after(GivenUp(), Progress(2))  # its exit code would say that all is saved
 
 
 class Failing:
