@@ -95,7 +95,7 @@ def train(recipe: SftRecipe) -> None:
                     saver.save(progress, figures.get("eval/accuracy"), leaving)
                 if leaving:
                     raise stopping.Preempted
-    except BadInput:
+    except BadInput as end:
         # A bad row in the middle of a run loses no work: every finished step is kept.
         with stopping.waiting():
             saver.save_after(end, progress)
