@@ -38,6 +38,7 @@ STEPS, SHORT_STEPS = 2000, 60
 SAVE_EVERY, SHORT_SAVE_EVERY = 20, 2
 UNDISTURBED = 0.6  # share of the shaky run's steps that get no signal: one process lives as long as they last
 MOST_GROWTH = 0.05
+PASSING_FILES = 2  # are open for a moment, of half a dozen
 ENDINGS = {signal.SIGTERM: 75, signal.SIGKILL: -signal.SIGKILL}  # the exit codes that they must have
 BETWEEN, SHORT_BETWEEN = (20.0, 100.0), (3.0, 15.0)  # seconds of training from one signal to the next
 SERVER_LIVES = 5.0  # seconds with steps, on average
@@ -294,10 +295,10 @@ def problems(rows: Sequence[dict[str, Any]], questions: int) -> list[str]:
     for row in rows:
         if row["lost"] or row["doubled"]:
             found.append(f"{row['run']}: {row['lost']} steps are lost, {row['doubled']} doubled")
-        for name in ("rss", "files"):
-            growth = row[f"{name}_late"] / row[f"{name}_early"] - 1
-            if growth > MOST_GROWTH:
-                found.append(f"{row['run']}: {name} has grown by {growth:.0%}")
+        for name, passing in (("rss", 0), ("files", PASSING_FILES)):
+            early, late = row[f"{name}_early"], row[f"{name}_late"]
+            if late - passing > (1 + MOST_GROWTH) * early:
+                found.append(f"{row['run']}: {name} has grown by {late / early - 1:.0%}")
     calm, shaky = rows[0]["after"], rows[1]["after"]
     share = (calm + shaky) / 2
     if abs(calm - shaky) > 2 * math.sqrt(2 * share * (1 - share) / questions):
