@@ -29,7 +29,7 @@ def told_by_first(told):
 
 
 @pytest.mark.fault(
-    fault="two launches on one output_dir",
+    fault="run folder: two launches on one output_dir",
     injected="a second process while the first holds the folder; the first then ends by SIGKILL",
     expected="the second is refused with host and process; nothing is written; after the kill it may begin",
 )
@@ -51,7 +51,7 @@ def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path):
 
 
 @pytest.mark.fault(
-    fault="two launches on one output_dir, each of several processes",
+    fault="run folder: two launches on one output_dir, each of several processes",
     injected="the first process of the second launch is refused",
     expected="the others end with it, and do not wait",
 )

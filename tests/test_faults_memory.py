@@ -66,7 +66,7 @@ def updated(world, budget, most=None, error=GPU, iterations=1, processes=1, at_p
 
 @pytest.mark.parametrize("error", [GPU, CPU], ids=["GPU", "CPU"])
 @pytest.mark.fault(
-    fault="out of memory in a micro-batch",
+    fault="memory: too little in a micro-batch",
     injected="into forward passes over more than half of the token budget",
     expected="the update is done once more with half of the budget: bit by bit what that budget gives; counted",
 )
@@ -81,7 +81,7 @@ def test_it_is_done_again_in_halves(world, error, capsys):
 
 
 @pytest.mark.fault(
-    fault="out of memory in halves too",
+    fault="memory: too little in halves too",
     injected="into every forward pass",
     expected="the run stops with code 2 and names update.token_budget",
 )
@@ -92,7 +92,7 @@ def test_the_key_is_named_where_halves_do_not_fit(world):
 
 @pytest.mark.parametrize("case", [{"iterations": 2}, {"processes": 2}], ids=["moved", "several"])
 @pytest.mark.fault(
-    fault="out of memory where an update cannot be done again",
+    fault="memory: too little where an update cannot be done again",
     injected="after a first optimizer step of the step; on one of several processes",
     expected="the run ends at once, unsaved, and names update.token_budget",
 )

@@ -99,7 +99,7 @@ def spoil_gradient(policy, reference, batch, hooks):
     ids=lambda value: getattr(value, "__name__", ""),
 )
 @pytest.mark.fault(
-    fault="NaN or infinity in an advantage, a log-probability or a gradient",
+    fault="numbers: NaN or infinity in an advantage, a log-probability or a gradient",
     injected="into one micro-batch of an update",
     expected="the update is left out: weights and optimizer bit by bit as before; what was not finite is named",
 )
@@ -145,7 +145,7 @@ def outcomes_of(rewards, log_probs):
     ],
 )
 @pytest.mark.fault(
-    fault="NaN or infinity in one reward, advantage or log-probability by the engine",
+    fault="numbers: NaN or infinity in one reward, advantage or log-probability by the engine",
     injected="into a completion of a group",
     expected="that completion is masked and counted; the others are compared without it",
 )
@@ -169,7 +169,7 @@ def test_a_verdict_is_a_finite_number_too(value):
 
 
 @pytest.mark.fault(
-    fault="an infinite loss after good steps, once and for three steps",
+    fault="numbers: an infinite loss after good steps, once and for three steps",
     injected="into the loss of SFT steps 2 and 4 to 6",
     expected="step 2 is counted and passed; the run stops at step 6 with code 2; the newest checkpoint is step 3",
 )
@@ -200,7 +200,7 @@ def test_three_steps_in_a_row_stop_the_run(tmp_path, monkeypatch, capsys):
     "kind", [pytest.param(kind, marks=[] if kind == "DDP" else pytest.mark.slow) for kind in LAUNCHERS]
 )
 @pytest.mark.fault(
-    fault="a NaN, and then nothing to train, on one of two processes, plain or sharded",
+    fault="numbers: a NaN, and then nothing to train, on one of two processes, plain or sharded",
     injected="into a pixel of the second process's first micro-batch of two; groups for the first process alone",
     expected="both leave the update out, their weights bit by bit as before; both go on, and none waits",
 )

@@ -85,7 +85,7 @@ def straight(tmp_path_factory):
     ],
 )
 @pytest.mark.fault(
-    fault="SIGTERM at the start, among completions, in an update, in an evaluation, in a save",
+    fault="signal: SIGTERM at the start, among completions, in an update, in an evaluation, in a save",
     injected="to the trainer's own process, in the place itself",
     expected="exit code 75; the same command goes on to bit-equal losses and weights",
 )
@@ -115,7 +115,7 @@ def test_a_signal_loses_nothing(trainer, place, straight, tmp_path, monkeypatch,
 
 
 @pytest.mark.fault(
-    fault="a signal that reaches one process of several",
+    fault="signal: one that reaches one process of several",
     injected="to the other one",
     expected="both learn of it at the end of the step, and in an evaluation after a batch",
 )
@@ -138,7 +138,7 @@ with stopping.waiting():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.fault(
-    fault="a second signal",
+    fault="signal: a second one",
     injected="while the first waits for the end of the step; once at the same time, as launchers send it, once later",
     expected="the doubled one counts as one; the later one ends the process at once",
 )
@@ -161,7 +161,7 @@ def test_a_second_signal_ends_at_once(number):
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.fault(
-    fault="SIGTERM to one of two trainers",
+    fault="signal: SIGTERM to one of two trainers",
     injected="to the second process of a real run, by its number",
     expected="both end after the same step with code 75, which the launcher shows; nothing is left running",
 )
@@ -216,7 +216,7 @@ pipeline.run_command("stage", pipeline.Command(list(pipeline.LAUNCH), [sys.argv[
 
 
 @pytest.mark.fault(
-    fault="SIGTERM to `sail-rl pipeline`",
+    fault="signal: SIGTERM to `sail-rl pipeline`",
     injected="while a stage's trainer runs behind its launcher",
     expected="the trainer alone is told, once, and waited for until it has saved",
 )

@@ -24,7 +24,7 @@ with watching(1.0, rank=3):
 
 
 @pytest.mark.fault(
-    fault="a phase that never ends",
+    fault="stuck: a phase that never ends",
     injected="a process that sleeps in the phase `update` of step 7",
     expected="it names process, step and phase, shows the stacks of all threads, and ends with code 70",
 )
@@ -38,7 +38,7 @@ def test_a_hanging_run_says_where_and_ends():
 
 @pytest.mark.parametrize(("marks", "ends"), [(True, False), (False, True)], ids=["it goes on", "it hangs"])
 @pytest.mark.fault(
-    fault="a long evaluation",
+    fault="stuck: not, but a long evaluation",
     injected="many times the limit, with a batch answered now and then",
     expected="it is let alone",
 )
