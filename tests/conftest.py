@@ -30,7 +30,7 @@ ONE = (sys.executable,)
 def command(*arguments: object, launcher: tuple[str, ...] = ONE) -> subprocess.CompletedProcess:
     """Run one of our commands from the repository's root; output and errors as text."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    if launcher == ONE or launcher[0] == FORKED:
+    if launcher == ONE or launcher[:1] == (FORKED,):
         processes = 1 if launcher == ONE else int(launcher[1])
         # What has seen a GPU cannot be forked.
         if shutil.which("nvidia-smi") is None and (warm := WarmPython.the_one()).is_ready:

@@ -96,6 +96,7 @@ if __name__ == "__main__":
     ARGUMENTS = COMMAND["arguments"]
     if ARGUMENTS[0] == "-m":
         sys.path[0], sys.argv = str(ROOT), ARGUMENTS[1:]
+        sys.modules.pop(ARGUMENTS[1], None)  # as loaded it is not the main module
         runpy.run_module(ARGUMENTS[1], run_name="__main__", alter_sys=True)
     else:
         sys.path[0], sys.argv = str((ROOT / ARGUMENTS[0]).parent), ARGUMENTS
