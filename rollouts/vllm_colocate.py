@@ -85,6 +85,8 @@ class VLLMEngine:
         """`group_size` completions of every prompt, groups together, in the order of the prompts."""
         if self.weight_version is None:
             raise RuntimeError("the engine lacks weights: a push did not end, or none has come since it slept")
+        # What is remembered was rounded in another batch: a resumed run, whose gate asks others, would part from this.
+        vllm_compat.reset_caches(self.llm)
         count = group_size if sampling.temperature else 1  # vLLM writes one likeliest completion only
         requests = [request(prompt, self.picture) for prompt in prompts]
         groups: dict[int, list[Rollout]] = {}

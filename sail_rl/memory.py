@@ -50,5 +50,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def optimizer_steps(optimizer: Any) -> float:
-    """How many steps an optimizer has made."""
-    return max((float(state["step"]) for state in optimizer.state.values() if "step" in state), default=0.0)
+    """How many steps an optimizer has made, by the first weight: on a GPU each number is waited for."""
+    return next((float(state["step"]) for state in optimizer.state.values() if "step" in state), 0.0)

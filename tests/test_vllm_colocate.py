@@ -207,6 +207,17 @@ def test_a_completion_does_not_depend_on_its_batch(world, model):
         assert all(one != other for one, other in zip(together, others, strict=True))
 
 
+def test_nothing_is_remembered_from_one_call_to_the_next(world, model):
+    """A resumed run, whose gate asks other prompts first, would be rounded otherwise than one that was not stopped."""
+    world.engine.load_weights(full_parameters(model), 0)
+    seen = []
+    for _ in range(2):
+        with rollouts.vllm_compat.pixels_noted(world.engine.llm) as read:
+            world.engine.generate(world.prompts, 1, Sampling(max_completion_length=2, temperature=0))
+        seen.append(sum(map(len, read)))
+    assert seen[0] == seen[1] > 0
+
+
 @pytest.mark.parametrize("name", FILTERS)
 def test_filters_are_the_trainers(world, model, name):
     """vLLM cuts off what the trainer cuts off, and its penalty falls on the same tokens."""
