@@ -145,7 +145,7 @@ def reload_weights(llm: Any, stream: Iterable[tuple[str, torch.Tensor]]) -> None
 
 
 def reset_caches(llm: Any) -> None:
-    """Forget what old weights have computed: prefixes, and the features of pictures in two places."""
+    """Forget what has been computed: prefixes, and the features of pictures in two places."""
     llm.reset_prefix_cache()
     llm.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()

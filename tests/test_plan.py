@@ -13,8 +13,9 @@ from sail_rl.batch import Group, make_batch
 from sail_rl.command_line import BadInput
 from sail_rl.config_data import ModelSection
 from sail_rl.gpus import GPUS, named_in, parse_gpus
+from sail_rl.machine_checks import GIB
 from sail_rl.planning import memory
-from sail_rl.planning.memory import GIB, SHARDINGS, Load, Settings, memory_of
+from sail_rl.planning.memory import SHARDINGS, Load, Settings, memory_of
 from sail_rl.planning.sizes import sizes_of, sizes_of_config
 from sail_rl.planning.speed import Update, update_seconds
 from sail_rl.policy import Policy

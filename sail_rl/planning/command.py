@@ -8,9 +8,10 @@ from sail_rl.config import GrpoRecipe
 from sail_rl.config_data import LoraSection
 from sail_rl.config_pipeline import trainer_of
 from sail_rl.gpus import parse_gpus
+from sail_rl.machine_checks import GIB
 from sail_rl.planning.memory import SHARDINGS, USABLE
 from sail_rl.planning.sizes import sizes_of
-from sail_rl.planning.task import GIB, Task, expected_of
+from sail_rl.planning.task import Task, expected_of
 
 LEAST_BUDGET, MOST_GPUS = 2048, 256
 COLUMNS = ("weights", "gradients", "AdamW", "exchange", "activations", "logits", "engine", "update", "rollout")

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sail_rl.planning.sizes import Layers, Sizes
+from sail_rl.policy import LOGITS_AT_ONCE
 
-GIB = 2**30
 USABLE = 0.92  # of a GPU's memory
 LOGIT_BYTES = 22  # of each logit that is in the works: bfloat16, float32, its logarithm, and the entropy's three
-LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27}  # as in sail_rl/policy.py
 DEEPSPEED_BUCKET = 5e8  # elements that are exchanged at once
 ZERO3_LIVE = 1e9  # weights that may be whole at a time
 

@@ -7,6 +7,7 @@ from sail_rl.command_line import BadInput
 from sail_rl.config import CommonRecipe, GrpoRecipe, SftRecipe
 from sail_rl.flops import Shape
 from sail_rl.gpus import Gpu
+from sail_rl.machine_checks import GIB
 from sail_rl.planning.memory import (
     PLAIN,
     USABLE,
@@ -22,7 +23,6 @@ from sail_rl.planning.sizes import Sizes
 from sail_rl.planning.speed import Update, Writing, rollout_seconds, update_seconds
 
 QUESTION = 64  # tokens beside the pictures, unless --prompt says how many there are in all
-GIB = 2**30
 
 
 @dataclass(frozen=True)
