@@ -16,6 +16,7 @@ from sail_rl import checkpoint_folder
 from sail_rl.checkpoint_folder import begin_folder, complete_folder, flush, keep_newest, newest_whole, temporary_name
 from sail_rl.command_line import BadInput
 from sail_rl.config_data import ModelSection
+from sail_rl.hub import HubCopy
 from sail_rl.launch import Run
 from sail_rl.model.file_layout import in_file_layout
 from sail_rl.model.lora import base_name, has_adapters, load_adapters, merged, save_adapters
@@ -77,6 +78,7 @@ class Saver:
         self.failed = 0
         """Saves that have failed since this launch."""
         self.in_a_row = 0
+        self.hub = HubCopy(run)
 
     def save(self, progress: Progress, accuracy: float | None = None, leaving: bool = False) -> None:
         """Write `checkpoints/step_N`, with the accuracy on data.eval if it was measured, and drop the oldest beyond
@@ -130,6 +132,7 @@ class Saver:
                 write_state(state | {"processes": processes, "progress": asdict(progress)}, folder / "trainer_state.pt")
                 flush(run.folder / "metrics.jsonl")  # not to be behind the checkpoint when the machine fails
                 complete_folder(target, {"processes": processes, "accuracy": accuracy})
+                self.hub.send(target)
                 keep_newest(target.parent, run.recipe.trainer.save_total_limit)
 
         with self.whole.weights():

@@ -163,6 +163,9 @@ class TrainerSection(Section):
     save_total_limit: Annotated[int, Field(ge=1)] = 2
     """Newest checkpoints that are kept; with `eval_every` also the best of those whose step was evaluated, so make
     `save_every` a multiple of it."""
+    push_to_hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    """`owner/name` of a repository of the Hugging Face Hub, made private if there is none: saved models are copied
+    there while training goes on, and the final one at the end."""
     eval_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between evaluations; before and after training only when left out."""
     eval_batch_size: Annotated[int, Field(ge=1)] = 100

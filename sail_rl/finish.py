@@ -3,21 +3,18 @@
 import json
 from pathlib import Path
 
-from sail_rl.checkpoint import Progress, note_final_accuracy, save_model
+from sail_rl.checkpoint import Progress, Saver, note_final_accuracy, save_model
 from sail_rl.eval import Prediction, share, summarise
 from sail_rl.launch import Run, let_communication_end, result_lines
 from sail_rl.report import write_report
 from sail_rl.run_folder import write_json
-from sail_rl.sharding import Whole
 
 
-def finish_run(
-    run: Run, whole: Whole, processor, progress: Progress, before: list[Prediction], after: list[Prediction]
-) -> None:
+def finish_run(run: Run, saver: Saver, progress: Progress, before: list[Prediction], after: list[Prediction]) -> None:
     """Write what a finished run leaves behind and say what came of it."""
-    with whole.weights():
+    with saver.whole.weights():
         if run.is_main:
-            save_model(run.folder / "final", whole.model, processor)
+            save_model(run.folder / "final", saver.whole.model, saver.processor)
     if run.is_main:
         earlier = seconds_of_start(run.recipe.model.path)
         summary = summarise(before, after) | {
@@ -28,6 +25,7 @@ def finish_run(
         note_final_accuracy(run, progress.step, share(after))
         write_json(run.folder / "summary.json", summary)
         write_report(run.folder)
+        saver.hub.finish(run.folder / "final")
         print(result_lines(run.recipe.output_dir, summary), flush=True)
     run.accelerator.wait_for_everyone()
     if run.shard.world_size > 1:

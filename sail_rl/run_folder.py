@@ -24,6 +24,7 @@ FREE_KEYS = (
     "trainer.num_train_epochs",
     "trainer.save_every",
     "trainer.save_total_limit",
+    "trainer.push_to_hub",
     "trainer.transcript_every",
     "trainer.resume",
     "trainer.log_with",

@@ -145,7 +145,7 @@ def train(recipe: GrpoRecipe) -> None:
     after = predictions_once(run, "after", engine, eval_stream)
     engine.close()
     scoring.close_rewards(rewards)
-    finish_run(run, whole, processor, progress, before, after)
+    finish_run(run, saver, progress, before, after)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def train(recipe: SftRecipe) -> None:
         with stopping.waiting():
             saver.save_after(end, progress)
         raise
-    finish_run(run, whole, processor, progress, [], predictions_once(run, "after", engine, eval_stream))
+    finish_run(run, saver, progress, [], predictions_once(run, "after", engine, eval_stream))
 
 
 if __name__ == "__main__":

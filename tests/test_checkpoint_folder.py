@@ -216,7 +216,9 @@ def saver_of(folder: Path, model, shard: Shard | None = None, optimizer=None, **
     """As a trainer makes it, of one plain process or several."""
     (folder / "metrics.jsonl").touch()
     policy, processor = model
-    recipe = SimpleNamespace(trainer=SimpleNamespace(**{"save_total_limit": 2, "eval_every": 1} | trainer))
+    recipe = SimpleNamespace(
+        trainer=SimpleNamespace(**{"save_total_limit": 2, "eval_every": 1, "push_to_hub": None} | trainer)
+    )
     accelerator = SimpleNamespace(distributed_type="NO")
     optimizer = optimizer or torch.optim.AdamW(policy.parameters())
     return Saver(Run(recipe, folder, accelerator, shard or Shard()), Whole(policy, nullcontext), processor, optimizer)
