@@ -21,7 +21,8 @@ from sail_rl.launch import Run
 from sail_rl.model import prefix_sharing
 from sail_rl.model.frozen_tower import vision_tower
 from sail_rl.model.load import prepare_for_training
-from sail_rl.model.prefix_sharing import Layout, obstacle, segment_attention
+from sail_rl.model.merged_attention import MergedAttention
+from sail_rl.model.prefix_sharing import Layout, obstacle, one_by_one, segment_attention
 from sail_rl.policy import LOGITS_AT_ONCE, Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -250,6 +251,30 @@ def test_attention_within_segments_equals_one_mask():
     expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=sees)
     ours, _ = segment_attention(None, query, key, value, None, layout=layout)
     torch.testing.assert_close(ours.transpose(1, 2), expected)
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize("lengths", [(3,), (1, 1), (5, 0, 1, 33)])
+def test_two_parts_put_together_equal_a_call_per_completion(lengths, heads):
+    """Output and gradients, in float64; the prompt is longer and shorter than what reads it."""
+    torch.manual_seed(0)
+    layout = Layout((9, *lengths), (None, *(0 for _ in lengths)))
+    total = sum(layout.lengths)
+    query, key, value = (torch.randn(1, n, total, 8, dtype=torch.double, requires_grad=True) for n in (heads, 2, 2))
+    weights = torch.randn(1, heads, total - 9, 8, dtype=torch.double)
+    read, own = [key[:, :, :9], value[:, :, :9]], [tensor[:, :, 9:] for tensor in (query, key, value)]
+    kept = [length for length in lengths if length]
+    separate = torch.cat(one_by_one(*own, read, kept, layout, {"scale": 0.4, "enable_gqa": heads > 2}), dim=2)
+    merged = MergedAttention.apply(*own, *read, kept, 0.4)
+    torch.testing.assert_close(merged, separate)
+    for found, expected in zip(
+        torch.autograd.grad((merged * weights).sum(), (query, key, value)),
+        torch.autograd.grad((separate * weights).sum(), (query, key, value)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)
+    wrong = MergedAttention.apply(*own, *(tensor[:, :, :8] for tensor in read), kept, 0.4)
+    assert (wrong - separate).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -6,6 +6,7 @@ without segments is plain SDPA.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from sail_rl.model.merged_attention import MergedAttention
 
 ATTENTION = "sail_rl_segments"
 NO_MASK = torch.zeros(1, 1, 1, 1)  # a mask of four axes is taken for ready-made; segments need none
@@ -70,6 +73,17 @@ class Layout:
     masks: dict[tuple, Any] = field(default_factory=dict, compare=False)
     """Made once for all layers, as the kernel that computes them needs it."""
 
+    @cached_property
+    def families(self) -> list[tuple[int | None, list[int]]]:
+        """(prefix, numbers) of segments side by side that read the same one first; those that read none, one by one."""
+        found: list[tuple[int | None, list[int]]] = []
+        for number, prefix in enumerate(self.prefixes):
+            if prefix is not None and found and found[-1][0] == prefix:
+                found[-1][1].append(number)
+            else:
+                found.append((prefix, [number]))
+        return found
+
     def mask(self, length: int, prefix_length: int, like: torch.Tensor) -> torch.Tensor:
         """[length, prefix + length]: all of the prefix, and causally the segment itself."""
         key = (length, prefix_length, like.dtype, like.device)
@@ -102,23 +116,37 @@ def segment_attention(
     if layout.recorded is not None:
         layout.recorded[layer] = (key, value)
     # One split each: its backward is one concatenation, where slices would each fill a row of zeros.
-    queries, keys, values = (tensor.split(layout.lengths, dim=2) for tensor in (query, key, value))
+    sizes = [sum(layout.lengths[number] for number in numbers) for _, numbers in layout.families]
+    queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
+    place = {numbers[0]: place for place, (_, numbers) in enumerate(layout.families)}
     grouped: Any = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
     outputs = []
-    for q, k, v, prefix in zip(queries, keys, values, layout.prefixes, strict=True):
+    for q, k, v, (prefix, numbers) in zip(queries, keys, values, layout.families, strict=True):
         if prefix is None:
             outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, **grouped))
             continue
         if prefix == BEFORE and layout.prompt is not None:
-            read_k, read_v = (tensor.to(k.dtype) for tensor in layout.prompt.keys_values[layer])
+            read = [tensor.to(k.dtype) for tensor in layout.prompt.keys_values[layer]]
         else:
-            read_k, read_v = keys[prefix], values[prefix]
-        k, v = torch.cat([read_k, k], dim=2), torch.cat([read_v, v], dim=2)
-        length, both = q.shape[2], k.shape[2]
-        # CUDA has a kernel for causality from the lower right corner; elsewhere the mask is spelled out.
-        mask = causal_lower_right(length, both) if q.is_cuda else layout.mask(length, both - length, q)
-        outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **grouped))
+            read = [keys[place[prefix]], values[place[prefix]]]
+        lengths = [layout.lengths[number] for number in numbers if layout.lengths[number]]
+        if q.device.type == "cpu" and lengths and q.shape[-1] == v.shape[-1]:
+            outputs.append(MergedAttention.apply(q, k, v, *read, lengths, scaling))
+        else:
+            outputs += one_by_one(q, k, v, read, lengths, layout, grouped)
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def one_by_one(q, k, v, read: list[torch.Tensor], lengths: list[int], layout: Layout, grouped: Any) -> list:
+    """The attention of each completion to its prompt and itself, in a call of its own."""
+    outputs = []
+    for own_q, own_k, own_v in zip(*(tensor.split(lengths, dim=2) for tensor in (q, k, v)), strict=True):
+        both_k, both_v = torch.cat([read[0], own_k], dim=2), torch.cat([read[1], own_v], dim=2)
+        length, both = own_q.shape[2], both_k.shape[2]
+        # CUDA has a kernel for causality from the lower right corner; elsewhere the mask is spelled out.
+        mask = causal_lower_right(length, both) if q.is_cuda else layout.mask(length, both - length, own_q)
+        outputs.append(scaled_dot_product_attention(own_q, both_k, both_v, attn_mask=mask, **grouped))
+    return outputs
 
 
 def one_token_attention(query, key, value, mask, scaling: float | None, dropout: float) -> torch.Tensor:
