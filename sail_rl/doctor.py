@@ -14,7 +14,7 @@ from typing import Any
 
 from sail_rl.command_line import BadInput, load_recipe, read_yaml
 from sail_rl.config import CommonRecipe, GrpoRecipe, SftRecipe
-from sail_rl.machine_checks import check_device, check_files, check_memory, check_packages, room
+from sail_rl.machine_checks import check_device, check_exchange, check_files, check_memory, check_packages, room
 
 SAMPLE = 16  # rows of each source
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2}
@@ -50,7 +50,13 @@ def examine(path: str, overrides: list[str]) -> bool:
     if not look("recipe", lambda: read_recipe(path, overrides, recipes)):
         return False
     patient = Patient(recipes[0], recipes[0].output_dir)
-    first = {"packages": check_packages, "device": check_device, "files": check_files, "memory": check_memory}
+    first = {
+        "packages": check_packages,
+        "device": check_device,
+        "exchange": check_exchange,
+        "files": check_files,
+        "memory": check_memory,
+    }
     results = [look(name, partial(check, patient.recipe)) for name, check in first.items()]
     with temporary_run(patient):
         for name, check, needed in CHECKS if isinstance(patient.recipe, GrpoRecipe) else SFT_CHECKS:

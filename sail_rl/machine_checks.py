@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 from sail_rl.command_line import BadInput
 from sail_rl.config import CommonRecipe, GrpoRecipe
+from sail_rl.device_exchange import exchange_between
 from sail_rl.gpus import Gpu, named_in
 from sail_rl.run_folder import check_run, installed
 
@@ -55,6 +56,14 @@ def check_device(recipe: CommonRecipe) -> str:
     free, memory = (value / GIB for value in torch.cuda.mem_get_info())
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "missing"
     return f"{count} x {torch.cuda.get_device_name()}, {free:.0f} of {memory:.0f} GiB free, NCCL {nccl}"
+
+
+def check_exchange(recipe: CommonRecipe) -> str:
+    """The GPUs of this machine reach each other."""
+    import torch
+
+    count = torch.cuda.device_count()
+    return exchange_between("nccl", count) if count > 1 else "at most one GPU, there is nothing to exchange"
 
 
 def check_memory(recipe: CommonRecipe) -> str:

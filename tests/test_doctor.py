@@ -4,16 +4,19 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import command
 from PIL import Image
 
 from sail_rl import machine_checks
 from sail_rl.command_line import BadInput, load_recipe
 from sail_rl.config import GrpoRecipe
+from sail_rl.device_exchange import exchange_between
 from sail_rl.gpus import parse_gpus
 from sail_rl.machine_checks import check_memory, check_packages, room
 
-NAMES = ["recipe", "packages", "device", "files", "memory", "model", "disk", "data", "engine", "parity", "rewards"]
+MACHINE = ["recipe", "packages", "device", "exchange", "files", "memory"]
+NAMES = [*MACHINE, "model", "disk", "data", "engine", "parity", "rewards"]
 TINY = ("model={random_init: tiny}", "rollout.max_completion_length=12")
 
 
@@ -48,7 +51,7 @@ def test_with_vllm(start, tmp_path):
 
 def test_an_sft_recipe(tmp_path):
     code, verdicts, told = doctor(tmp_path, recipe="recipes/quickstart_sft.yaml")
-    assert (code, verdicts) == (0, [("ok", name) for name in NAMES[:8]]), told
+    assert (code, verdicts) == (0, [("ok", name) for name in NAMES[:9]]), told
 
 
 def test_mistakes_in_the_recipe(tmp_path):
@@ -76,8 +79,8 @@ def test_every_problem_has_its_line(tmp_path):
     }, told
     code, verdicts, told = doctor(tmp_path, "model=./nowhere", f"data.train={tmp_path / 'none.jsonl'}")
     assert code == 2
-    assert verdicts[3:6] == [("problem", "files"), ("ok", "memory"), ("problem", "model")]
-    assert {verdict for verdict, _ in verdicts[6:]} == {"skipped"}
+    assert verdicts[4:7] == [("problem", "files"), ("ok", "memory"), ("problem", "model")]
+    assert {verdict for verdict, _ in verdicts[7:]} == {"skipped"}
     assert "model.path = ./nowhere" in told
 
 
@@ -103,6 +106,21 @@ def test_memory_of_the_gpus_that_are_here(monkeypatch):
     monkeypatch.setattr(machine_checks, "gpus_here", lambda: parse_gpus("L4"))
     with pytest.raises(BadInput, match=r"on 1 L4 it does not fit.*update\.token_budget=8192: .*, fits"):
         check_memory(recipe)
+
+
+def test_devices_reach_each_other_or_the_line_says_what_to_try():
+    assert re.fullmatch(r"exchanged by 2 processes with gloo, \d+\.\d GB/s each", exchange_between("gloo", 2))
+    if not torch.cuda.is_available():
+        with pytest.raises(
+            BadInput, match=r"2 processes cannot exchange tensors by nccl \(.*Error.*NCCL_P2P_DISABLE=1"
+        ):
+            exchange_between("nccl", 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gpus_reach_each_other():
+    assert "GB/s" in exchange_between("nccl", torch.cuda.device_count())
 
 
 def test_room(tmp_path):
