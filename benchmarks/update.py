@@ -49,8 +49,9 @@ def main() -> None:
         row, settings = measure(cell, SHORT_ROUNDS if arguments.short else ROUNDS)
         result["settings"] = settings
         result["rows"].append(row | memory_figures(cell))
-    result["minutes"] = (time.perf_counter() - started) / 60
-    save(arguments.json or results_file("update", arguments.short), result, report(result))
+        result["minutes"] = (time.perf_counter() - started) / 60
+        # After every cell: what has been measured is kept when it is stopped.
+        save(arguments.json or results_file("update", arguments.short), result, report(result))
 
 
 def describe_model() -> dict[str, Any]:

@@ -25,12 +25,12 @@ def finish_run(run: Run, saver: Saver, progress: Progress, before: list[Predicti
         note_final_accuracy(run, progress.step, share(after))
         write_json(run.folder / "summary.json", summary)
         write_report(run.folder)
-        saver.hub.finish(run.folder / "final")
         print(result_lines(run.recipe.output_dir, summary), flush=True)
     run.accelerator.wait_for_everyone()
     if run.shard.world_size > 1:
         let_communication_end()
     run.accelerator.end_training()
+    saver.hub.finish(run.folder / "final")  # last: nobody waits for what may take long
 
 
 def seconds_of_start(model_path: str | None) -> float:
