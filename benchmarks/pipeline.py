@@ -1,6 +1,6 @@
 """The tiny pipeline on several seeds: what each stage gives to both answer modes.
 
-    .venv/bin/python benchmarks/pipeline.py [--seeds 0 1 2]      (about half an hour a seed on 2 cores)
+    .venv/bin/python benchmarks/pipeline.py [--seeds 0 1 2]      (about 20 minutes a seed, on one core as well)
 
 Runs `sail-rl pipeline recipes/pipeline_tiny.yaml` for each seed; finished stages are skipped, so it can be stopped and
 run again.

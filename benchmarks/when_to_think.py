@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/when_to_think.py [--short] [--seeds 0 1 2]
 
-About six minutes a seed on 2 quiet cores; finished runs are skipped. A card's own number is easy, the sum of two is
+About a quarter of an hour a seed on one core; finished runs are skipped. A card's own number is easy, the sum of two is
 hard. Two tiny models begin alike: one is taught to judge whether thought is needed, and to answer at once where it is
 not (recipes/quickstart_dual_reward.yaml goes on with the gated product of accuracy and judging, and the form); the
 other always thinks (recipes/quickstart.yaml, accuracy and form). The teacher of the first is wrong in a third of its
@@ -24,9 +24,11 @@ from benchmarks.quickstart_runs import launch
 
 QUESTIONS, SHORT_QUESTIONS = 1000, 20
 ROWS, SHORT_ROWS = 6000, 60  # of the teacher, half of them hard
-SFT_STEPS, STEPS, SHORT_STEPS = 400, 60, 2
+# To judge, to answer at once and to reason is more to learn than to reason; the other side is right by its steps.
+SFT_STEPS, STEPS = {"judge": 1200, "always": 400}, {"judge": 120, "always": 60}
+SHORT_STEPS = 2
 WRONG = 1 / 3  # of the teacher's judgements
-LENGTH = 72
+LENGTH = {"judge": 96, "always": 72}  # a judgement takes some thirty tokens
 KEPT = ("id", "question", "answer", "needs_thinking", "judgement", "reasoning")
 SOURCE = "source: pictures, families: [cards], levels: [1], forms: [number, sum]"
 NAMES = {
@@ -64,20 +66,20 @@ def run_seed(seed: int, short: bool) -> list[dict[str, Any]]:
     """Both models of one seed, before and after GRPO: a row each."""
     folder = SHORT_RESULTS / f"when_to_think_seed{seed}{'_short' if short else ''}"
     taught = teacher_rows(folder, seed, SHORT_ROWS if short else ROWS)
-    sft, steps = (SHORT_STEPS, SHORT_STEPS) if short else (SFT_STEPS, STEPS)
     on_cards = f"data.train={{{SOURCE}, seed: 1}}"
     common = (f"seed={seed}", "data.eval=null", "trainer.eval_every=null")
     for name, thinking, train, recipe in (
         ("judge", "judge", f"data.train={taught}", "recipes/quickstart_dual_reward.yaml"),
         ("always", "think", f"data.train={{{SOURCE}}}", "recipes/quickstart.yaml"),
     ):
+        sft, steps = (SHORT_STEPS, SHORT_STEPS) if short else (SFT_STEPS[name], STEPS[name])
         start, own = folder / f"{name}-sft", f"data.thinking={thinking}"
-        teach = (own, train, "data.reasoning=terse", f"sft.max_completion_length={LENGTH}")
+        teach = (own, train, "data.reasoning=terse", f"sft.max_completion_length={LENGTH[name]}")
         launch("sail_rl/train_sft.py", "recipes/quickstart_sft.yaml", sft, *common, *teach, f"output_dir={start}")
-        practise = (own, on_cards, f"rollout.max_completion_length={LENGTH}", f"model={start}/final")
+        practise = (own, on_cards, f"rollout.max_completion_length={LENGTH[name]}", f"model={start}/final")
         launch("sail_rl/train_grpo.py", recipe, steps, *common, *practise, f"output_dir={folder / name}")
         for stage in (start, folder / name):
-            ask(stage, seed, own, SHORT_QUESTIONS if short else QUESTIONS)
+            ask(stage, seed, own, LENGTH[name], SHORT_QUESTIONS if short else QUESTIONS)
     return [{"seed": seed, "name": name} | figures(folder / name / "eval/predictions.jsonl") for name in NAMES]
 
 
@@ -102,9 +104,9 @@ def teacher_rows(folder: Path, seed: int, count: int) -> Path:
     return file
 
 
-def ask(stage: Path, seed: int, thinking: str, questions: int) -> None:
+def ask(stage: Path, seed: int, thinking: str, length: int, questions: int) -> None:
     """`sail-rl eval`, greedy."""
-    changes = (f"model={stage}/final", f"seed={seed}", thinking, f"rollout.max_completion_length={LENGTH}")
+    changes = (f"model={stage}/final", f"seed={seed}", thinking, f"rollout.max_completion_length={length}")
     asked = f"data.eval={{{SOURCE}, rows: {questions}}}"
     command = [sys.executable, "-m", "sail_rl.cli", "eval", "recipes/quickstart.yaml", *changes, asked]
     subprocess.run([*command, "--output", str(stage / "eval")], check=True)
