@@ -57,7 +57,7 @@ def main(backend: str, limit: float) -> None:
     numbers = torch.full((NUMBERS if device.type == "cuda" else FEW_NUMBERS,), float(rank + 1), device=device)
     dist.all_reduce(numbers)
     if numbers.min() != count * (count + 1) / 2 or numbers.max() != numbers.min():
-        raise ArithmeticError("RuntimeError: the sum is wrong")
+        raise ArithmeticError("the sum is wrong")
     started = time.perf_counter()
     for _ in range(ROUNDS):
         dist.all_reduce(numbers)

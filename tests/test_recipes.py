@@ -142,7 +142,9 @@ def test_two_steps_of_a_tiny_model_of_the_family(recipe, tmp_path):
     (tmp_path / "mine.py").write_text(REWARD)
     run = tmp_path / "run"
     changed = [f"output_dir={run}", f"model.random_init={family}", f"rewards.0.function={tmp_path / 'mine.py'}:spread"]
-    overrides = [*cpu_overrides(), *changed]
+    # Tiny models are dense: what the A3B's recipe asks of its experts has to be left out.
+    dense = ["model.router_aux_loss_coef=0"] if recipe.name == "rlvr_a3b.yaml" else []
+    overrides = [*cpu_overrides(), *changed, *dense]
     result = command(script(recipe), recipe.relative_to(ROOT), *overrides, launcher=ACCELERATE)
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -32,7 +32,7 @@ class MergedAttention(torch.autograd.Function):
         scale: float | None,
     ) -> Tensor:
         ctx.lengths, ctx.scale, ctx.heads = lengths, scale, key.shape[1]
-        query, *keys_values = (for_each_query(t, query) for t in (query, key, value, prefix_key, prefix_value))
+        keys_values = [for_each_query(tensor, query) for tensor in (key, value, prefix_key, prefix_value)]
         key, value, prefix_key, prefix_value = keys_values
         over_prefix, sums = attend(query, prefix_key, prefix_value, scale=scale)
         parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
