@@ -217,7 +217,7 @@ def our_side(
     return recorder.losses[-1], recorder.gradients[-1], figures, rows
 
 
-def assert_same(ours, theirs, tolerance=3e-5):
+def assert_same(ours, theirs, tolerance=1e-5):
     """Loss within a relative `tolerance` (or 1e-7: some are 0); each gradient within that of its own largest entry."""
     assert ours[0] == pytest.approx(theirs[0], rel=tolerance, abs=tolerance * 1e-2)
     assert ours[1].keys() == theirs[1].keys()
@@ -238,7 +238,7 @@ def test_loss_and_gradient_equal_trl(world, tmp_path, monkeypatch, loss, off_pol
     for form in ("packed", "shared", "padded"):
         *ours, figures, rows = our_side(world, off_policy, form=form, **settings)
         assert rows == [len(world.rows)]
-        assert_same(ours, theirs)
+        assert_same(ours, theirs, 3e-5 if loss == "sapo" else 1e-5)  # float32: 1.07e-5 was seen of sapo
     if off_policy:  # our figures are means over both iterations, and the first clips nothing
         assert (figures["clip_fraction"] > 0.025) == (loss != "sapo")
     if loss in PLAIN:  # TRL counts sequences of `gspo`, and of `cispo` those of positive advantage
