@@ -34,8 +34,9 @@ class Timing:
 
 def prepare_process() -> None:
     """The same threads for everybody; call it before torch is imported."""
-    # Threads that wait by spinning would count as CPU time and slow down whoever runs beside them.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from sail_rl.threads import wait_briefly
+
+    wait_briefly()  # as a run does
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     import torch

@@ -3,7 +3,6 @@
 Nothing is left behind: what a run would write goes to a temporary folder.
 """
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 from sail_rl.command_line import BadInput, load_recipe, read_yaml
 from sail_rl.config import CommonRecipe, GrpoRecipe, SftRecipe
 from sail_rl.machine_checks import check_device, check_exchange, check_files, check_memory, check_packages, room
+from sail_rl.threads import wait_briefly
 
 SAMPLE = 16  # rows of each source
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2}
@@ -45,7 +45,7 @@ class Patient:
 
 def examine(path: str, overrides: list[str]) -> bool:
     """Print a line for every check; whether all is well."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    wait_briefly()
     recipes: list[CommonRecipe] = []
     if not look("recipe", lambda: read_recipe(path, overrides, recipes)):
         return False

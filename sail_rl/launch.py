@@ -17,6 +17,7 @@ from sail_rl.data.stream import Shard
 from sail_rl.data.workers import Workers
 from sail_rl.run_folder import check_run, environment, finished, has_begun, write_json
 from sail_rl.run_lock import hold
+from sail_rl.threads import wait_briefly
 
 RecipeType = TypeVar("RecipeType", bound=CommonRecipe)
 NEEDED_BY_WORKERS = ("sail_rl.model.load",)  # torch and the processors: loaded while the trainer loads its model
@@ -52,8 +53,7 @@ class Run(Generic[RecipeType]):
 
 def run_recipe(train: Callable[[Any], None], recipe: CommonRecipe) -> None:
     """Run a trainer; a finished run shows its result again, and a user's mistake ends without a traceback."""
-    # Read when torch is loaded: threads that wait by spinning make a run ten times slower beside any other program.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    wait_briefly()
     stopping.listen()
     try:
         check_run(recipe)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sail_rl.model.cpu_linear import SMALLEST, OneDnnLinear, use_onednn
+from sail_rl.model.cpu_linear import SMALLEST, OneDnnLinear, has_zen_5, use_onednn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
@@ -76,3 +76,19 @@ def test_names_stay_and_small_layers_are_left_alone():
     use_onednn(model)
     assert (type(model["large"]), type(model["small"])) == (OneDnnLinear, nn.Linear)
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "expected"),
+    [("AuthenticAMD", 26, True), ("AuthenticAMD", 25, False), ("GenuineIntel", 26, False)],
+)
+def test_only_processors_with_units_as_wide_are_meant(tmp_path, vendor, family, expected):
+    description = tmp_path / "cpuinfo"
+    description.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nflags\t\t: fpu vme\n\n" * 2)
+    assert has_zen_5(description) is expected
+
+
+def test_a_machine_that_does_not_say_is_not_meant(tmp_path):
+    assert not has_zen_5(tmp_path / "absent")
+    (tmp_path / "arm").write_text("CPU implementer : 0x41\n")
+    assert not has_zen_5(tmp_path / "arm")

@@ -2,12 +2,12 @@
 
 import argparse
 import importlib
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from sail_rl.command_line import BadInput
+from sail_rl.threads import wait_briefly
 
 INTERRUPTED = 130  # as shells say it
 
@@ -128,8 +128,7 @@ def on_rows(function: str, arguments: argparse.Namespace) -> None:
 
 def on_recipe(function: str, arguments: argparse.Namespace) -> None:
     """Run a command that starts a model."""
-    # Read when torch is loaded: threads that wait by spinning are ten times slower beside any other program.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    wait_briefly()
     run(function, checked(arguments))
 
 
