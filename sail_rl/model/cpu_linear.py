@@ -1,8 +1,8 @@
 """Matrix products of linear layers by oneDNN, on processors where it is faster than the MKL that torch calls.
 
 MKL keeps its widest instructions (AVX-512) for Intel's processors; oneDNN, which torch has too, uses them on AMD's as
-well. Since Zen 5 these have units as wide, and compute the same float32 products in half of the time; Zen 4 has not, and
-gains nothing. torch offers no setting for it. Suffixes: _R rows, _I inputs, _O outputs.
+well. Since Zen 5 these have units as wide, and compute the same float32 products in half of the time; before it nothing
+is gained. torch offers no setting for it. Suffixes: _R rows, _I inputs, _O outputs.
 """
 
 from pathlib import Path
