@@ -55,6 +55,8 @@ def prepare(run: Run, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple
         complete_deepspeed_config(run)
     wrapped, optimizer = accelerator.prepare(policy, optimizer)
     check_wrapper(wrapped, sharding)
+    if sharding == ZERO2:
+        wrapped.optimizer.check_grad_overflow = True  # or it would step by a gradient in bfloat16 that is not finite
     return wrapped, optimizer, whole
 
 

@@ -1,7 +1,7 @@
 """One of two processes in test_faults_numbers.py: does an update that is spoilt on the second leave both as they were,
 and do they go on where the second has nothing to train?
 
-python tests/fault_process.py OUTPUT_DIR, by a launcher
+python tests/fault_process.py OUTPUT_DIR [OVERRIDE …], by a launcher
 """
 
 import math
@@ -25,9 +25,9 @@ from sail_rl.update import update_policy
 from sail_rl.update_sft import update_supervised
 
 
-def main(output: str) -> None:
+def main(output: str, *changes: str) -> None:
     """A good update, one that is spoilt, and a good one."""
-    overrides = [f"output_dir={output}", "optim.warmup_steps=0", "optim.weight_decay=0.1"]
+    overrides = [f"output_dir={output}", "optim.warmup_steps=0", "optim.weight_decay=0.1", *changes]
     recipe = load_recipe(SftRecipe, "recipes/quickstart_sft.yaml", overrides)
     run = start_run(recipe)
     model, processor = load_model(recipe.model, seed=0)

@@ -37,6 +37,7 @@ ACCELERATE = (str(BIN / "accelerate"), "launch", "--num_processes", "2", "--main
 LAUNCHERS = {"DDP": torchrun(2)} | {
     kind: (*ACCELERATE, str(ROOT / f"recipes/accelerate/{kind}.yaml")) for kind in ("fsdp2", "zero2", "zero3")
 }
+BFLOAT16 = ("model.dtype=bfloat16", "optim.learning_rate=0.01")  # weights as coarse do not see smaller steps
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +197,7 @@ def test_three_steps_in_a_row_stop_the_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("changes", [(), BFLOAT16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[] if kind == "DDP" else pytest.mark.slow) for kind in LAUNCHERS]
 )
@@ -204,8 +206,8 @@ def test_three_steps_in_a_row_stop_the_run(tmp_path, monkeypatch, capsys):
     injected="into a pixel of the second process's first micro-batch of two; groups for the first process alone",
     expected="both leave the update out, their weights bit by bit as before; both go on, and none waits",
 )
-def test_processes_agree(kind, tmp_path):
-    result = command("tests/fault_process.py", tmp_path / "run", launcher=LAUNCHERS[kind])
+def test_processes_agree(kind, changes, tmp_path):
+    result = command("tests/fault_process.py", tmp_path / "run", *changes, launcher=LAUNCHERS[kind])
     assert result.returncode == 0, result.stderr[-4000:]
     for line in ("both have left the update out", "both have updated"):
         assert result.stdout.count(line) == 2
