@@ -19,7 +19,8 @@ from benchmarks.common import SHORT_RESULTS, machine, markdown, results_file, sa
 from benchmarks.quickstart_runs import launch, sft_start
 
 STEPS, SHORT_STEPS = 20, 2
-EVAL_EVERY = 4
+EVAL_EVERY = 2
+REACHED = 0.9  # accuracy
 POINTS = (512, 1024, 1536, 2560)  # rollouts
 COMMON = ("grpo.mini_batches=4", "optim.learning_rate=5e-5")
 RUNS = {
@@ -97,6 +98,7 @@ def row_of(folder: Path) -> dict[str, Any]:
         accuracy = ended["accuracy_after"] if last else record.get("eval/accuracy")
         points += [(rollouts, accuracy)] if accuracy is not None else []
     return {
+        "rollouts_to_reach": next((made for made, accuracy in points if accuracy >= REACHED), None),
         "accuracy": {str(most): [a for made, a in points if made <= most][-1] for most in POINTS},
         "clipped": mean(record["clip_fraction"] for record in records),
         "dropped": mean(record["groups/dropped"] / record["groups/total"] for record in records),
@@ -114,6 +116,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             accuracies = [row["accuracy"][str(most)] for row in mine]
             spread = f" ± {stdev(accuracies):.3f}" if len(mine) > 1 else ""
             line[f"accuracy after {most} rollouts"] = f"{mean(accuracies):.3f}{spread}"
+        reached = [row["rollouts_to_reach"] for row in mine]
+        line[f"rollouts to {REACHED:.0%}"] = None if None in reached else round(mean(reached))
         line |= {key: mean(row[key] for row in mine) for key in ("clipped", "dropped", "seconds")}
         lines.append(line)
     names = {name: name for name in lines[0]} | {"dropped": "groups left out", "seconds": "training, s"}
