@@ -19,7 +19,7 @@ from vllm_serving_process import vllm_serve
 from sail_rl.command_line import BadInput, load_recipe
 from sail_rl.config_pipeline import PipelineRecipe, check_stages
 from sail_rl.data.pictures import picture_row
-from sail_rl.pipeline import commands_of
+from sail_rl.pipeline import commands_of, read_state
 
 RESULT = ROOT / "runs/pipeline_tiny/model"
 TOOL = ("-m", "sail_rl.cli", "pipeline")
@@ -195,7 +195,7 @@ def shortened(folder: Path) -> Path:
 
 
 def interrupt_in(path: Path, name: str, whole_group: bool) -> bool:
-    """Start it, and interrupt it some seconds after a stage has begun; whether that was before the stage's end."""
+    """Start it, and interrupt it in the middle of a stage; whether that was before the stage's end."""
     process = subprocess.Popen(
         [sys.executable, *TOOL, path], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -203,13 +203,23 @@ def interrupt_in(path: Path, name: str, whole_group: bool) -> bool:
     for line in process.stdout:
         if f"] {name}: " in line:
             break
-    time.sleep(12)  # loading takes about eight
+    # In its work, not while it is loading: a step is in the one file, or an answer below the other's heading.
+    run, folder = path.parent / "run", path.parent / "run" / name
+    steps = lines_of(folder / "metrics.jsonl")
+    while lines_of(folder / "metrics.jsonl") == steps and lines_of(folder / "rows.jsonl.progress") < 2:
+        if process.poll() is not None or name in read_state(run):
+            break  # a mean of models has neither
+        time.sleep(0.05)
     (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
     said = process.communicate(timeout=300)[0]
-    state = json.loads((path.parent / "run/pipeline.json").read_text() if name != "basic" else "{}")
     assert process.returncode == 130, said
     assert "goes on from there" in said
-    return name not in state
+    return name not in read_state(run)
+
+
+def lines_of(file: Path) -> int:
+    """0 where there is no file."""
+    return file.read_text().count("\n") if file.is_file() else 0
 
 
 @pytest.mark.slow
