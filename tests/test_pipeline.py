@@ -203,10 +203,10 @@ def interrupt_in(path: Path, name: str, whole_group: bool) -> bool:
     for line in process.stdout:
         if f"] {name}: " in line:
             break
-    # In its work, not while it is loading: a step is in the one file, or an answer below the other's heading.
+    # In its work, not while torch is loading: a step is in the one file, or the other has been begun.
     run, folder = path.parent / "run", path.parent / "run" / name
     steps = lines_of(folder / "metrics.jsonl")
-    while lines_of(folder / "metrics.jsonl") == steps and lines_of(folder / "rows.jsonl.progress") < 2:
+    while lines_of(folder / "metrics.jsonl") == steps and not (folder / "rows.jsonl.progress").is_file():
         if process.poll() is not None or name in read_state(run):
             break  # a mean of models has neither
         time.sleep(0.05)

@@ -280,7 +280,7 @@ def test_no_process_outlives_the_trainer(end, start, tmp_path):
     else:
         trainer.send_signal(end)
     _, errors = trainer.communicate(timeout=60)
-    assert trainer.returncode == (75 if end == signal.SIGINT else -end)
+    assert trainer.returncode == (75 if end == signal.SIGINT else -end), errors
     assert "Traceback" not in errors
     wait_until(lambda: not living(trainer.pid))
 

@@ -24,6 +24,7 @@ from typing import Any
 
 SPAWN = get_context("spawn")  # a fork would copy locks that threads of torch hold
 FOR_THE_TRAINER = (signal.SIGINT, signal.SIGTERM)  # which terminals and launchers send to all of its processes
+LAST_WORDS = 2.0  # seconds, for a thread whose process has been killed
 ATTEMPTS = 2  # at a row whose process ends: the first end may be bad luck, the second is the row's
 # To start a process is also to collect the exit codes of ended ones, each of which can be had once.
 ONE_AT_A_TIME = threading.Lock()
@@ -56,8 +57,9 @@ class Workers:
         atexit.register(self.close)
         # The first process would start it, and that unblocks the signals which `_serve` blocks.
         resource_tracker.ensure_running()
-        for _ in range(count):
-            threading.Thread(target=self._serve, daemon=True).start()
+        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
 
     def add(self, loader: Any) -> int:
         """Make known whose `load(position, index)` prepares rows of a source; its number."""
@@ -78,6 +80,8 @@ class Workers:
             worker.process.kill()
             worker.exit_code()
             self._tasks.put(None)
+        for thread in self._threads:
+            thread.join(LAST_WORDS)  # one that is at work while the interpreter ends may abort it
         atexit.unregister(self.close)
 
     def _serve(self) -> None:
