@@ -164,6 +164,8 @@ def test_a_failing_stage_ends_it_with_a_word(tmp_path):
 )
 def test_interrupted_in_each_stage_it_ends_alike(tmp_path, whole_group):
     """A tenth of the steps of recipes/pipeline_tiny.yaml: the same table as uninterrupted."""
+    # What a shell starts in the background ignores it, and so would the pipeline.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     straight, broken = shortened(tmp_path / "straight"), shortened(tmp_path / "broken")
     assert subprocess.run([sys.executable, *TOOL, straight], cwd=ROOT).returncode == 0
     names = [stage["name"] for stage in yaml.safe_load(broken.read_text())["stages"]]
