@@ -67,7 +67,8 @@ def test_vllm_in_every_process_equals_one_process(launcher, start, mixed_rows, t
     assert two.returncode == 0, two.stderr[-5000:]
     assert json.loads((tmp_path / "two/environment.json").read_text())["processes"] == 2
     for ours, theirs in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+        # A loss on the policy's own completions is a sum that is 0 but for rounding, of terms as large as 1.
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=3e-6)
         assert ours[1] > 0
     records = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
     assert all(0 < record["parity/max"] < 1e-4 for record in records)
