@@ -36,7 +36,12 @@ def test_overlap(kind, start, mixed_rows, tmp_path):
     """Two processes train on completions of the weights before, as one does."""
     arguments = grpo(mixed_rows, start, "rollout.engine=vllm_server", "rollout.overlap=1", "trainer.max_steps=3")
     one, sharded = (run(one_kind, tmp_path, arguments) for one_kind in ("one", kind))
-    assert_same_run(one, sharded, start)
+    # With ratios between 0.2 and 2.4 the loss is a small difference of large sums: ZeRO-3's is off by 1 to 2.3e-5 where
+    # it is 0.05. The ratios themselves would tell weights of another step at once.
+    assert_same_run(one, sharded, start, least=4e-5)
+    for ours, theirs in zip(records(one), records(sharded), strict=True):
+        assert theirs["parity/ratio_max"] == pytest.approx(ours["parity/ratio_max"], rel=1e-4)
+        assert theirs["parity/ratio_min"] == pytest.approx(ours["parity/ratio_min"], rel=1e-4)
 
 
 @pytest.mark.parametrize("engine", ["vllm_server", "vllm_colocate"])

@@ -2,12 +2,17 @@
 
 import base64
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BIN, command
+from conftest import BIN, ROOT, SMALL, command
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm_serving_process import vllm_serve
@@ -27,6 +32,7 @@ from sail_rl.model.modeling_sail_vl2 import SailVL2ForConditionalGeneration
 pytestmark = pytest.mark.vllm
 
 LENGTH = 40
+QUESTION = "What is the sum of the numbers on the cards?"
 MOE = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 
@@ -208,3 +214,29 @@ def test_serve_answers_an_openai_client(trained, prompts, tmp_path):
     assert message.reasoning
     blocks = rollout.text.removeprefix("<think>").split("</think>")
     assert [message.reasoning, *filter(None, [message.content])] == blocks
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_served_while_its_run_goes_on(tmp_path):
+    """It answers as in transformers, and the run has gone on meanwhile."""
+    from openai import OpenAI
+
+    run = tmp_path / "run"
+    changes = [*SMALL, f"output_dir={run}", "trainer.max_steps=100000", "trainer.save_every=20"]
+    begin = [sys.executable, "sail_rl/train_sft.py", "recipes/quickstart_sft.yaml", *changes]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*begin, "trainer.save_total_limit=1000"], cwd=ROOT, env=environment) as trainer:
+        end = time.monotonic() + 300
+        while not (run / "checkpoints/latest").exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        checkpoint = (run / "checkpoints/latest").resolve()
+        with vllm_serve(checkpoint, tmp_path / "server.log", "--max-model-len", "512") as url:
+            reply = OpenAI(base_url=url, api_key="none").completions.create(
+                model="tiny", prompt=QUESTION, temperature=0, max_tokens=LENGTH
+            )
+        assert trainer.poll() is None
+        trainer.send_signal(signal.SIGTERM)
+    assert trainer.returncode == 75
+    ((_, rollout),) = ask_transformers(*load(checkpoint), [{"text": QUESTION, "images": []}])
+    assert reply.choices[0].text == rollout.text
+    assert (run / "checkpoints/latest").resolve() != checkpoint
