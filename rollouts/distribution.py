@@ -41,6 +41,18 @@ def drawn_log_probs(
     return torch.log_softmax(logits_RV, dim=-1)
 
 
+def draw(log_probs_RV: torch.Tensor, uniforms_R: torch.Tensor, temperature: float) -> torch.Tensor:
+    """A token for each row; the likeliest at temperature 0.
+
+    A row's token depends on its own random number alone, so completions do not depend on which prompts share a batch.
+    """
+    if temperature == 0:
+        return log_probs_RV.argmax(-1)
+    cumulative_RV = log_probs_RV.exp().cumsum(-1, dtype=torch.float64)
+    threshold_R1 = (uniforms_R * cumulative_RV[:, -1])[:, None]
+    return torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0].clamp(max=log_probs_RV.shape[1] - 1)
+
+
 def penalised(logits_RV: torch.Tensor, penalty: float) -> torch.Tensor:
     """Logits as they are for tokens that are there already: above 1 the penalty makes them less likely."""
     return torch.where(logits_RV > 0, logits_RV / penalty, logits_RV * penalty)

@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from rollouts import Filters, Finished, Prompt, Rollout, Sampling, unheard
-from rollouts.distribution import drawn_log_probs, first_places
+from rollouts.distribution import draw, drawn_log_probs, first_places
 from rollouts.inputs import PICTURE_INPUTS, position_ids, stack_model_inputs, stack_prompts
 from rollouts.roomy_cache import give_room
 
@@ -183,18 +183,6 @@ class HFEngine:
             finish_reason="stop" if completion.ended else "length",
             weight_version=self.weight_version,
         )
-
-
-def draw(log_probs_RV: torch.Tensor, uniforms_R: torch.Tensor, temperature: float) -> torch.Tensor:
-    """A token for each row; the likeliest at temperature 0.
-
-    A row's token depends on its own random number alone, so completions do not depend on which prompts share a batch.
-    """
-    if temperature == 0:
-        return log_probs_RV.argmax(-1)
-    cumulative_RV = log_probs_RV.exp().cumsum(-1, dtype=torch.float64)
-    threshold_R1 = (uniforms_R * cumulative_RV[:, -1])[:, None]
-    return torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0].clamp(max=log_probs_RV.shape[1] - 1)
 
 
 def draw_uniforms(prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> np.ndarray:

@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 
+from rollouts.distribution import draw
+
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 # Without `nobind` vLLM ties the process, and with it the trainer, to one thread.
 CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+LOG_PROBS = "processed_logprobs"  # of the distribution that tokens are drawn from
 # What this file calls: class -> method -> arguments.
 ASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "vllm.LLM": {
@@ -35,6 +38,7 @@ ASKED: dict[str, dict[str, tuple[str, ...]]] = {
         "abort_request": ("internal",),
     },
     "vllm.v1.worker.gpu_worker.Worker": {"reload_weights": ()},
+    "vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler": {"forward_cpu": ("logits", "generators", "k", "p")},
 }
 SETTINGS: tuple[str, ...] = ("load_format", "max_model_len", "max_num_seqs", "gpu_memory_utilization", "enforce_eager")
 SETTINGS += ("enable_sleep_mode", "logprobs_mode", "skip_mm_profiling", "distributed_executor_backend")
@@ -79,6 +83,8 @@ def start(folder: Path, settings: EngineSettings) -> Any:
     set_threads, random_state = torch.set_num_threads, torch.get_rng_state()
     from vllm import LLM
 
+    if not on_gpu:
+        draw_by_one_number()
     llm = LLM(
         str(folder),
         dtype=settings.dtype,
@@ -88,7 +94,7 @@ def start(folder: Path, settings: EngineSettings) -> Any:
         gpu_memory_utilization=settings.gpu_memory_utilization,
         enforce_eager=settings.enforce_eager or not on_gpu,
         enable_sleep_mode=on_gpu,
-        logprobs_mode="processed_logprobs",  # of the distribution that tokens are drawn from
+        logprobs_mode=LOG_PROBS,
         skip_mm_profiling=not on_gpu,
         # In one of several processes that train, the engine must join their group, which it finds already made.
         distributed_executor_backend="external_launcher" if several_processes() else None,
@@ -99,6 +105,27 @@ def start(folder: Path, settings: EngineSettings) -> Any:
     torch.set_num_threads = set_threads
     torch.set_rng_state(random_state)
     return llm
+
+
+def draw_by_one_number() -> None:
+    """Let vLLM on a CPU draw a token by one random number of its completion's own generator.
+
+    Where completions have seeds it makes exponential noise for the whole vocabulary, one completion after another: a
+    fifth of the time of writing.
+    """
+    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
+
+    own = TopKTopPSampler.forward_cpu
+
+    def forward_cpu(self: Any, logits: Any, generators: dict[int, torch.Generator], k: Any, p: Any) -> tuple[Any, Any]:
+        if len(generators) != len(logits) or self.logprobs_mode != LOG_PROBS:
+            return own(self, logits, generators, k, p)
+        log_probs_RV = apply_top_k_top_p(logits, k, p).log_softmax(dim=-1, dtype=torch.float32)
+        uniforms_R = torch.cat([torch.rand(1, generator=generators[row]) for row in range(len(logits))])
+        return draw(log_probs_RV, uniforms_R, temperature=1.0), log_probs_RV
+
+    if own.__module__ != __name__:  # it has not been done in this process
+        TopKTopPSampler.forward_cpu = forward_cpu
 
 
 def several_processes() -> bool:
