@@ -348,7 +348,7 @@ def test_two_processes_see_together_what_one_sees(tmp_path, bad):
     alone = open_stream(path, max_bad_rows=len(bad))
     expected = [alone.next_items(4) for _ in range(8)]
     (tmp_path / "quarantine.jsonl").unlink(missing_ok=True)
-    barrier, slots = threading.Barrier(2, timeout=10), [None, None]
+    barrier, slots = threading.Barrier(2, timeout=60), [None, None]
 
     def process(rank):
         def gather(items):

@@ -1,8 +1,7 @@
 """The format reward: each contract by a table, columns, and time that grows with the text."""
 
-import time
-
 import pytest
+from linear_time import takes_linear_time
 
 from rewards.format import format_reward, format_verdicts
 from rewards.verdict import Outcome
@@ -104,12 +103,7 @@ def test_an_unknown_contract_is_named():
     expected="linear in the length",
 )
 def test_time_is_linear_in_the_text(piece, contract):
-    def seconds(count: int) -> float:
-        text = f"<think>{THOUGHT}" + piece * count
-        start = time.process_time()
-        assert format_reward([text], contract) == [0.0]
-        return time.process_time() - start
+    def work(times):
+        assert format_reward([f"<think>{THOUGHT}" + piece * 10_000 * times], contract) == [0.0]
 
-    # Eightfold text: 8 times the work when linear, 64 when quadratic; the bound leaves room for a busy machine.
-    short, long = (min(seconds(count) for _ in range(3)) for count in (10_000, 80_000))
-    assert long < 24 * short + 0.02
+    assert takes_linear_time(work)

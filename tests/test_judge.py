@@ -145,12 +145,9 @@ def test_questions_overlap_and_no_more_than_allowed():
         return verdict()
 
     with serve(slow) as server:
-        started = time.monotonic()
         verdicts = judge_of(server, concurrency=8).ask([question(number) for number in range(24)])
-        seconds = time.monotonic() - started
         assert [answer.value for answer in verdicts] == [True] * 24
         assert server.most_running == 8
-    assert seconds < 24 * 0.2 / 2
 
 
 @pytest.mark.fault(
