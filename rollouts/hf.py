@@ -70,7 +70,6 @@ class HFEngine:
     def close(self) -> None:
         """Nothing was started."""
 
-    @torch.no_grad()
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, finished: Finished = unheard
     ) -> list[Rollout]:
@@ -89,6 +88,7 @@ class HFEngine:
             self.model.train(was_training)
         return rollouts
 
+    @torch.inference_mode()  # weights that `self.weights` makes whole are trained on, so it stays outside
     def _generate_batch(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling) -> list[Rollout]:
         device = self.model.device
         input_ids_BT, mask_BT = (t.to(device) for t in stack_prompts(prompts, self.tokenizer.pad_token_id))

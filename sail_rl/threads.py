@@ -2,7 +2,7 @@
 
 import os
 
-SPINS = "5000"
+SPINS = "20000"
 
 
 def wait_briefly() -> None:
