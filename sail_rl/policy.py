@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -69,7 +69,9 @@ def token_terms(
     """[B, C] terms of the completions' tokens as the sampler saw them; 0 beyond their ends."""
     if batch.prompt is not None and prompt is None:
         prompt = compute_prompt(model, batch.prompt)
-    hidden_ND = hidden_states(model, batch, prompt).flatten(0, 1)[batch.predictors_N]
+    # A group reads its prompt's last place many times. The gradient of an index would add these up in whatever order
+    # the threads come to them, on a busy machine not the same twice; that of `embedding` adds them one after another.
+    hidden_ND = embedding(batch.predictors_N, hidden_states(model, batch, prompt).flatten(0, 1))
     tokens_N, head = batch.completion_ids_BC.flatten()[batch.places_N], model.get_output_embeddings()
     zeros_BC = torch.zeros(batch.mask_BC.shape, device=hidden_ND.device)
     places = torch.unravel_index(batch.places_N, zeros_BC.shape)

@@ -94,6 +94,25 @@ def test_rows_of_segments_equal_padded_rows(case, padded, form):
     assert_same(log_probs_and_gradients(model, groups, form, budget=60), padded)
 
 
+def test_no_gradient_is_summed_in_an_order_that_threads_decide(case):
+    """That of an index is, where it names a place twice; and a resumed run would then not be the one that went on."""
+    model, groups = case
+    if hasattr(model.config.get_text_config(), "num_experts"):
+        pytest.skip("transformers' experts index tokens more than once; README says what that means")
+    (batch,) = make_batches(groups, 10**6, Group(groups[0].prompt, [[10]], trained=False), form="shared")
+    unseen, seen, indices = [Policy(model)(batch).log_probs_BT.grad_fn], set(), []
+    while unseen:
+        node = unseen.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            unseen += [before for before, _ in node.next_functions]
+            indices += [node._saved_indices] if node.name() == "IndexBackward0" else []
+    assert len(seen) > 100
+    for given in indices:
+        places = torch.stack(torch.broadcast_tensors(*(index for index in given if index is not None)))
+        assert places.dtype == torch.bool or places.flatten(1).unique(dim=1).shape[1] == places.flatten(1).shape[1]
+
+
 def test_gradient_checkpointing_and_parts_of_logits_change_nothing(case, padded, monkeypatch):
     model, groups = case
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 7 * model.get_output_embeddings().weight.shape[0])
