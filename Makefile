@@ -50,7 +50,7 @@ test-slow: install
 
 # Every fault that a run must survive, fast and slow, and a table of what was seen: also in runs/faults.md.
 faults: install
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -m "fault and not gpu" $(SIDE_BY_SIDE) --timeout 3000 --faults runs/faults.md
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -m "fault and not gpu" $(SIDE_BY_SIDE) --timeout 3000 --faults=runs/faults.md
 
 test-gpu: install
 	$(BIN)/pytest -m gpu
