@@ -86,7 +86,7 @@ class Saver:
         error = self.save_if_possible(progress, accuracy)
         if error and (leaving or self.in_a_row >= MOST_FAILED):
             raise BadInput(
-                f"{self.in_a_row} saves in a row have failed, the last one with {error}; make room in output_dir, or "
+                f"saves that failed in a row: {self.in_a_row}, the last one with {error}; make room in output_dir, or "
                 "mend it: the same command then goes on from the newest checkpoint"
             )
 

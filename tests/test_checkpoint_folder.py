@@ -297,11 +297,11 @@ def test_two_failures_in_a_row_stop_the_run(tmp_path, model):
     saver = saver_of(tmp_path, model)
     (tmp_path / "checkpoints").touch()
     saver.save(Progress(1))
-    with pytest.raises(BadInput, match=r"2 saves in a row have failed, the last one with .*Not a directory"):
+    with pytest.raises(BadInput, match=r"saves that failed in a row: 2, the last one with .*Not a directory"):
         saver.save(Progress(2))
     assert saver.failed == MOST_FAILED
     saver.save_after(BadInput("two have failed"), Progress(2))  # as after any mistake: tried once more, without another
-    with pytest.raises(BadInput, match="saves in a row have failed"):
+    with pytest.raises(BadInput, match="saves that failed in a row"):
         saver.save_after(GivenUp(), Progress(2))  # its exit code would say that all is saved
 
 
@@ -375,6 +375,7 @@ def test_nothing_pickled_is_run(tmp_path, model):
 
 def test_deepspeeds_files(tmp_path):
     """A process that cannot write one of them goes along to the end; and nothing in them is run."""
+    pytest.importorskip("deepspeed")
     done = []
 
     def save_checkpoint(folder, **settings):

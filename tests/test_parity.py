@@ -80,6 +80,7 @@ def test_vllm_is_missing(engine, monkeypatch):
 
 
 def test_processes_on_several_machines_name_their_servers(monkeypatch):
+    monkeypatch.setattr(sail_rl.engines.importlib.util, "find_spec", lambda name: object())  # as if vllm were there
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     rollout = SimpleNamespace(engine="vllm_server", server=SimpleNamespace(urls=[]))
     run = SimpleNamespace(recipe=SimpleNamespace(rollout=rollout), shard=Shard(0, 4))

@@ -83,7 +83,8 @@ def test_a_failure_is_none_and_leaves_accuracy_out_for_its_group_alone():
     assert scores.failed["accuracy"] == [True] + [False] * 5
     assert scores.parts["conciseness"] == [0, 0, 0, 0.5, 0, -0.5]
     assert scores.totals == pytest.approx([0.1, 0.1, 0.1, 1.05, 0.1, 0.95])
-    assert scores.errors == ["reward 'accuracy': 1 of 3 questions have no verdict: status: 503: Error code: 503"]
+    (error,) = scores.errors
+    assert error.startswith("reward 'accuracy': 1 of 3 questions have no verdict: status: 503: Error code: 503")
 
 
 def test_verdicts_are_kept(tmp_path):
