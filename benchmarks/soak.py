@@ -188,9 +188,10 @@ def disturbed(part: Part, launch: int) -> Iterator[dict[str, Any]]:
                     due = time.monotonic() + wait
                 if time.monotonic() > due:
                     saving = when_saving and wait_for_save(part, trainer)
-                    trainer.send_signal(ending)
-                    code = trainer.wait()
-                    yield {"what": "signal", "name": ending.name, "code": code, "step": step, "saving": saving}
+                    if trainer.poll() is None:  # it may have come to its end while a save was waited for
+                        trainer.send_signal(ending)
+                        code = trainer.wait()
+                        yield {"what": "signal", "name": ending.name, "code": code, "step": step, "saving": saving}
                     break
                 if part.server_dies and step > killed_at and chance.random() < POLL / SERVER_LIVES:
                     killed_at = step
