@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/when_to_think.py [--short] [--seeds 0 1 2]
 
-About twenty minutes a seed on one core; finished runs are skipped. A card's own number is easy, the sum of two is
+About twenty-five minutes a seed on one core; finished runs are skipped. A card's own number is easy, the sum of two is
 hard. Two tiny models begin alike: one is taught to judge whether thought is needed, and to answer at once where it is
 not (recipes/quickstart_dual_reward.yaml goes on with the gated product of accuracy and judging, and the form); the
 other always thinks (recipes/quickstart.yaml, accuracy and form). The teacher of the first tosses a coin for each of its
@@ -25,7 +25,7 @@ from benchmarks.quickstart_runs import launch
 QUESTIONS, SHORT_QUESTIONS = 1000, 20
 ROWS, SHORT_ROWS = 6000, 60  # of the teacher, half of them hard
 # To judge, to answer at once and to reason is more to learn than to reason; the other side is right by its steps.
-SFT_STEPS, STEPS = {"judge": 900, "always": 400}, {"judge": 200, "always": 60}
+SFT_STEPS, STEPS = {"judge": 1300, "always": 400}, {"judge": 200, "always": 60}
 SHORT_STEPS = 2
 WRONG = 1 / 2  # of the teacher's judgements
 LENGTH = {"judge": 96, "always": 72}  # a judgement takes some thirty tokens
