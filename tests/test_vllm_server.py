@@ -317,8 +317,8 @@ def test_killed_in_the_middle_of_an_answer(world, model, capsys):
 
     Groups that had come are not written again, and each is told once.
     """
-    # The engine has room for one group at a time, so that the last is far off when the first comes, however late this
-    # process hears of it.
+    # The engine has room for less than a group at a time, so that the last is far off when the first comes,
+    # however late this process hears of it.
     sampling, prompts = Sampling(LENGTH, seed=1), world.prompts * 8
     expected = world.engine.generate(prompts, 8, sampling)
     killed = world.engine.links[0].process
