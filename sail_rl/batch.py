@@ -165,7 +165,10 @@ def pack(groups: Sequence[Group], share: bool) -> dict:
             # The prompt's last token predicts the first of every completion.
             predictors += [last, *range(start, start + len(completion) - 1)]
         head = len(segments)
-        segments += [Segment(len(prompt)), *(Segment(len(completion), head) for completion in written)]
+        if len(written) == 1:  # nobody else reads the prompt: both are one text
+            segments.append(Segment(len(prompt) + len(written[0])))
+        else:
+            segments += [Segment(len(prompt)), *(Segment(len(completion), head) for completion in written)]
         tokens += [*prompt, *(token for completion in written for token in completion)]
         readers += [float(group.trained) * len(written)] * len(prompt)
         readers += [float(group.trained)] * sum(map(len, written))
@@ -184,11 +187,9 @@ def pack_model_inputs(prompts: Sequence[Prompt], segments: Sequence[Segment]) ->
     inputs = stack_model_inputs([replace(prompt, token_inputs={}) for prompt in prompts])
     for name in dict.fromkeys(name for prompt in prompts for name in prompt.token_inputs):
         told = iter(prompts)
-        values = [
-            [0] * segment.length if segment.prefix is not None else token_input(next(told), name)
-            for segment in segments
-        ]
-        inputs[name] = torch.tensor([[value for part in values for value in part]])
+        values = [[] if segment.prefix is not None else token_input(next(told), name) for segment in segments]
+        filled = [part + [0] * (segment.length - len(part)) for part, segment in zip(values, segments, strict=True)]
+        inputs[name] = torch.tensor([[value for part in filled for value in part]])
     return inputs
 
 

@@ -63,10 +63,11 @@ def test_auto_names_what_stands_in_the_way(world, groups, capsys):
 
 
 def test_a_difference_is_found_by_trying(world, groups, capsys, monkeypatch):
-    """Attention that lets a completion see no prompt: every form of one row is given up."""
+    """Attention that lets a token see itself alone: every form of one row is given up."""
 
     def blind(module, query, key, value, mask, layout=None, **kwargs):
-        wrong = layout and prefix_sharing.Layout(layout.lengths, (None,) * len(layout.lengths))
+        tokens = query.shape[2]
+        wrong = layout and prefix_sharing.Layout((1,) * tokens, (None,) * tokens)
         return prefix_sharing.segment_attention(module, query, key, value, mask, layout=wrong, **kwargs)
 
     monkeypatch.setitem(prefix_sharing.AttentionInterface._global_mapping, prefix_sharing.ATTENTION, blind)

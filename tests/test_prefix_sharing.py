@@ -248,11 +248,12 @@ def test_rows_are_laid_out_as_told():
     two = Group(Prompt("", [4]), [[30]], [4.0], trained=False)
     row = pack([one, two], share=True)
     assert row["input_ids_RT"].tolist() == [[1, 2, 3, 10, 11, 20, 4, 30]]
-    assert row["segments"] == (Segment(3), Segment(2, 0), Segment(1, 0), Segment(1), Segment(1, 3))
+    assert row["segments"] == (Segment(3), Segment(2, 0), Segment(1, 0), Segment(2))  # a sole reader's prompt is its own
     assert row["predictors_N"].tolist() == [2, 3, 2, 6]
     assert row["readers_RT"].tolist() == [[2, 2, 2, 1, 1, 1, 0, 0]]
     row = pack([one, two], share=False)
     assert row["input_ids_RT"].tolist() == [[1, 2, 3, 10, 11, 1, 2, 3, 1, 2, 3, 20, 4, 30]]
+    assert row["segments"] == (Segment(5), Segment(3), Segment(4), Segment(2))
     assert row["predictors_N"].tolist() == [2, 3, 10, 12]
     for form in ("shared", "packed"):
         assert make_batch([one, two], form).input_ids_RT.numel() == size([one, two], form)
