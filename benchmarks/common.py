@@ -34,9 +34,11 @@ class Timing:
 
 def prepare_process() -> None:
     """The same threads for everybody; call it before torch is imported."""
+    from sail_rl.heap import keep_freed_memory
     from sail_rl.threads import wait_briefly
 
-    wait_briefly()  # as a run does
+    wait_briefly()  # as a run does, and the next line too
+    keep_freed_memory()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     import torch

@@ -23,6 +23,7 @@ from sail_rl.data.packing import idle_group, make_batches
 from sail_rl.data.stream import Shard
 from sail_rl.launch import Run
 from sail_rl.losses import loss_normaliser
+from sail_rl.model.cpu_passes import use_fewer_passes
 from sail_rl.model.load import prepare_for_training
 from sail_rl.model.segment_kernels import Attention
 from sail_rl.optimizer import make_optimizer, set_learning_rate
@@ -80,6 +81,7 @@ def our_contestant(
     """
     recipe = our_recipe(mode, trainer or {})
     policy = copy.deepcopy(world.model) if policy is None else policy
+    use_fewer_passes(policy)  # as `load_model` does
     prepare_for_training(policy, recipe.trainer.gradient_checkpointing)
     run = Run(recipe, Path(recipe.output_dir), accelerator or Accelerator(cpu=True), shard or Shard())
     model, optimizer = run.accelerator.prepare(Policy(policy, attention), optimizer_of(policy, recipe.optim))

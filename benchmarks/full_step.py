@@ -30,6 +30,7 @@ from sail_rl.launch import Run
 from sail_rl.losses import loss_normaliser
 from sail_rl.metrics import Stopwatch
 from sail_rl.model.cpu_linear import use_onednn, use_torch
+from sail_rl.model.cpu_passes import use_all_passes, use_fewer_passes
 from sail_rl.model.load import image_token_ids, prepare_for_training
 from sail_rl.optimizer import make_optimizer, set_learning_rate
 from sail_rl.policy import Policy
@@ -51,12 +52,13 @@ class Task:
     """Of one of TRL's micro-batches."""
 
 
-def our_side(task: Task, *, onednn: bool) -> Callable[[], Phases]:
+def our_side(task: Task, onednn: bool) -> Callable[[], Phases]:
     """The loop body of train_grpo.py, without its log and checkpoints, with the recipe's engine and precision."""
     recipe = task.recipe
     rollout, grpo = recipe.rollout, recipe.grpo
     run, policy = new_run(recipe), copy.deepcopy(task.model)
     (use_onednn if onednn else use_torch)(policy)
+    use_fewer_passes(policy)
     rewards = scoring.load_rewards(recipe)
     stream = question_stream(run, "train", task.processor)
     suppressed = image_token_ids(policy, task.processor)
@@ -114,6 +116,7 @@ def trl_side(task: Task) -> Callable[[], Phases]:
     if task.recipe.rollout.engine == "hf":
         policy = copy.deepcopy(task.model)
         use_torch(policy)
+        use_all_passes(policy)
         trainer = trl_trainer(task, policy, [{"prompt": "unused"}])
     else:
         from benchmarks.vllm_sides import trl_with_vllm

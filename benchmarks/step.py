@@ -14,16 +14,16 @@ mended is in vllm_sides.py. SFT starts and finished runs are kept in runs/benchm
 import argparse
 import json
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import SHORT_RESULTS, machine, markdown, prepare_process, results_file, save
 from benchmarks.quickstart_runs import sft_start
+from benchmarks.turns import take_turns
 
 ROUNDS, SHORT_ROUNDS = 5, 1
+FLOAT32, TORCH = "ours, float32", "ours, torch's products"  # sides beside the two
 WARM_UP = 2  # rounds of vLLM, which compiles in the first calls of each shape
 SEEDS, SHORT_SEEDS = (0, 1, 2), (0,)
 EVEN_TOKENS = str(Path(__file__).with_name("even_tokens.py")) + ":even_tokens"
@@ -47,7 +47,6 @@ def main() -> None:
         result["rows"] = curve(SHORT_SEEDS if arguments.short else SEEDS, arguments.short)
         save(arguments.json or results_file("curve", arguments.short), result, curve_table(result["rows"]))
         return
-    rounds = SHORT_ROUNDS if arguments.short else ROUNDS
     tasks = {
         "quickstart": quickstart_task,
         "pictures, shares of the 2B": picture_task,
@@ -55,46 +54,10 @@ def main() -> None:
     }
     if arguments.engine == "vllm":
         tasks.pop("quickstart")  # without an end no answer is right, and ours leaves out groups whose rewards are equal
-        # Each in a process of its own: accelerate has one precision for a process.
-        result["rows"] = [in_own_process(measure_vllm, name, make, arguments.short) for name, make in tasks.items()]
-        save(arguments.json or results_file("step_vllm", arguments.short), result, phase_table(result["rows"]))
-        return
-    result["rows"] = [measure(name, make(arguments.short), rounds) for name, make in tasks.items()]
-    save(arguments.json or results_file("step", arguments.short), result, phase_table(result["rows"]))
-
-
-def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function returns in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def measure_vllm(name: str, make_task: Callable[..., Any], short: bool) -> dict[str, Any]:
-    """Both sides in bfloat16; and ours in float32, alone."""
-    rounds = SHORT_ROUNDS if short else ROUNDS
-    alone = in_own_process(measure_ours, make_task, short, rounds)
-    prepare_vllm_process()
-    row = measure(name, with_vllm(make_task(short), "bf16"), rounds)
-    seconds = row["seconds"] | {"ours, float32": alone}
-    return row | {"seconds": seconds, "ratio_of_float32": sum(seconds["trl"].values()) / sum(alone.values())}
-
-
-def measure_ours(make_task: Callable[..., Any], short: bool, rounds: int) -> dict[str, float]:
-    """Median seconds of our phases with vLLM in float32."""
-    from benchmarks.full_step import median_phases, our_side
-    from sail_rl.model.cpu_linear import is_faster_here
-
-    prepare_vllm_process()
-    step = our_side(with_vllm(make_task(short), "no"), onednn=is_faster_here())
-    return median_phases([step() for _ in range(rounds + WARM_UP)][WARM_UP:])
-
-
-def prepare_vllm_process() -> None:
-    """For a process that has vLLM in it."""
-    prepare_process()
-    from benchmarks.vllm_sides import prepare_vllm
-
-    prepare_vllm()
+    vllm = arguments.engine == "vllm"
+    result["rows"] = [measure(name, make, arguments.short, vllm) for name, make in tasks.items()]
+    name = "step_vllm" if vllm else "step"
+    save(arguments.json or results_file(name, arguments.short), result, phase_table(result["rows"]))
 
 
 def with_vllm(task, precision: str):
@@ -105,31 +68,37 @@ def with_vllm(task, precision: str):
     return replace(task, recipe=recipe.model_copy(update={"rollout": rollout, "trainer": trainer}))
 
 
-def measure(name: str, task, rounds: int) -> dict[str, Any]:
-    """Median seconds of each phase, both sides in turn."""
-    from benchmarks.full_step import median_phases, our_side, total, trl_side
+def measure(name: str, make_task: Callable[[bool], Any], short: bool, vllm: bool) -> dict[str, Any]:
+    """Median seconds of each phase, the sides in turn."""
+    from benchmarks.full_step import median_phases, total
     from sail_rl.model.cpu_linear import is_faster_here
 
-    warm_up = 1 if task.recipe.rollout.engine == "hf" else WARM_UP
+    rounds, warm_up = SHORT_ROUNDS if short else ROUNDS, WARM_UP if vllm else 1
     print(f"{name}: {rounds} rounds after {warm_up} for warming up", flush=True)
-    sides = {"ours": our_side(task, onednn=is_faster_here()), "trl": trl_side(task)}
-    if is_faster_here() and task.recipe.rollout.engine == "hf":
-        sides["ours, torch's products"] = our_side(task, onednn=False)
-    runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for number in range(rounds + warm_up):
-        for side, step in sides.items():
-            phases = step()
-            print(f"{side}: { {phase: round(seconds, 2) for phase, seconds in phases.items()} }", flush=True)
-            if number >= warm_up:
-                runs[side].append(phases)
-    medians = {side: median_phases(steps) for side, steps in runs.items()}
-    ratio = {phase: medians["trl"][phase] / medians["ours"][phase] for phase in medians["ours"]}
-    whole = total(medians["trl"]) / total(medians["ours"])
-    rollouts = task.recipe.rollout.prompts_per_step * task.recipe.rollout.num_generations
-    row: dict[str, Any] = {}
-    if "ours, torch's products" in medians:
-        row["ratio_of_torch_products"] = total(medians["trl"]) / total(medians["ours, torch's products"])
-    return row | {"task": name, "rollouts": rollouts, "seconds": medians, "ratio": ratio, "ratio_vs_trl": whole}
+    rollout = make_task(short).recipe.rollout
+    sides = ["ours", "trl", *([FLOAT32] if vllm else [TORCH] if is_faster_here() else [])]
+    runs = take_turns({side: (step_of, side, make_task, short, vllm) for side in sides}, rounds, warm_up)
+    seconds = {side: median_phases(steps) for side, steps in runs.items()}
+    row: dict[str, Any] = {"task": name, "rollouts": rollout.prompts_per_step * rollout.num_generations}
+    row |= {"seconds": seconds, "ratio": {key: seconds["trl"][key] / own for key, own in seconds["ours"].items()}}
+    of_whole = {side: total(seconds["trl"]) / total(own) for side, own in seconds.items()}
+    names = {"ours": "ratio_vs_trl", FLOAT32: "ratio_of_float32", TORCH: "ratio_of_torch_products"}
+    return row | {names[side]: ratio for side, ratio in of_whole.items() if side in names}
+
+
+def step_of(side: str, make_task: Callable[[bool], Any], short: bool, vllm: bool) -> Callable[[], dict[str, float]]:
+    """A side's step. accelerate has one precision for a process, so each needs its own."""
+    from benchmarks.full_step import our_side, trl_side
+    from sail_rl.model.cpu_linear import is_faster_here
+
+    if vllm:
+        from benchmarks.vllm_sides import prepare_vllm
+
+        prepare_vllm()
+    task = make_task(short)
+    if vllm:
+        task = with_vllm(task, "no" if side == FLOAT32 else "bf16")
+    return trl_side(task) if side == "trl" else our_side(task, is_faster_here() and side != TORCH)
 
 
 def quickstart_task(short: bool):

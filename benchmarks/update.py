@@ -1,19 +1,23 @@
 """One policy update: ours in every mode against TRL 1.16's GRPOTrainer, on the same weights and rollouts.
 
-    python benchmarks/update.py [--short] [--groups N] [--json PATH]      (about ten minutes on two quiet cores)
+    python benchmarks/update.py [--short] [--groups N] [--json PATH]      (a quarter of an hour on two quiet cores)
 
 A scaled-down SAIL-VL2-2B in float32, eight completions per prompt. Timed are the log-probabilities, loss, backward,
 clip and optimizer step; everything before, such as processing pictures, is not. Every cell first checks that all
-variants get the same loss, entropy and gradient, and then times them in turn. Writes JSON and Markdown: `ratio_vs_trl`
-is TRL's seconds by ours (more is better), `memory_ratio` is our peak memory by TRL's (less is better).
+variants get the same loss, entropy and gradient, and then times them in turn, each in a process of its own (turns.py).
+Writes JSON and Markdown: `ratio_vs_trl` is TRL's seconds by ours (more is better), `memory_ratio` is our peak memory by
+TRL's (less is better).
 """
 
 import argparse
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import interleave, machine, markdown, medians, prepare_process, results_file, save
+from benchmarks.common import Timing, machine, markdown, medians, prepare_process, results_file, save, timed
+from benchmarks.turns import take_turns
 
 CELLS = ((512, 64), (1024, 128), (1024, 512), (256, 256))  # prompt, longest completion
 SHORT_CELLS = CELLS[:1]
@@ -70,18 +74,29 @@ def measure(cell, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
     from benchmarks.contestants import VARIANTS, check_equal_work, make_contestant
     from benchmarks.scaled_model import make_world
 
-    print(f"{cell}: {', '.join(VARIANTS)}, {rounds} rounds after one for warming up", flush=True)
+    print(f"{cell}: {', '.join(VARIANTS)}, {rounds} rounds after one update for warming up", flush=True)
     world = make_world(cell)
     contestants = {name: make_contestant(name, world) for name in VARIANTS}
     outcomes = {name: contestant.step() for name, contestant in contestants.items()}
     differences = check_equal_work(contestants, outcomes)
     print(f"equal work, largest relative difference to TRL: {differences}", flush=True)
-    timings = interleave({name: contestant.step for name, contestant in contestants.items()}, rounds)
-    print({name: [round(run.wall, 2) for run in runs] for name, runs in timings.items()}, flush=True)
+    settings = {name: contestant.settings for name, contestant in contestants.items()}
+    contestants.clear()  # their memory is not to stand beside those that are timed
+    turns = take_turns({name: (timed_step, name, cell) for name in VARIANTS}, rounds)
+    timings = {name: [Timing(**turn) for turn in own] for name, own in turns.items()}
     row = {"prompt": cell.prompt, "completion": cell.completion, "groups": cell.groups, "rounds": rounds}
     row |= ratios(medians(timings, "wall"), "ratio") | ratios(medians(timings, "cpu"), "cpu_ratio") | theory(world)
     row |= {"seconds": medians(timings, "wall"), "cpu_seconds": medians(timings, "cpu"), "difference": differences}
-    return row, {name: contestant.settings for name, contestant in contestants.items()}
+    return row, settings
+
+
+def timed_step(variant: str, cell) -> Callable[[], dict[str, float]]:
+    """A contestant's update, which returns its seconds by both clocks."""
+    from benchmarks.contestants import make_contestant
+    from benchmarks.scaled_model import make_world
+
+    contestant = make_contestant(variant, make_world(cell))
+    return lambda: asdict(timed(contestant.step))
 
 
 def ratios(seconds: dict[str, float], name: str) -> dict[str, float | None]:

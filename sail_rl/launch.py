@@ -15,6 +15,7 @@ from sail_rl.command_line import BadInput, fail, recipe_text
 from sail_rl.config import CommonRecipe, SftRecipe
 from sail_rl.data.stream import Shard
 from sail_rl.data.workers import Workers
+from sail_rl.heap import keep_freed_memory
 from sail_rl.run_folder import check_run, environment, finished, has_begun, write_json
 from sail_rl.run_lock import hold
 from sail_rl.threads import wait_briefly
@@ -54,6 +55,7 @@ class Run(Generic[RecipeType]):
 def run_recipe(train: Callable[[Any], None], recipe: CommonRecipe) -> None:
     """Run a trainer; a finished run shows its result again, and a user's mistake ends without a traceback."""
     wait_briefly()
+    keep_freed_memory()
     stopping.listen()
     try:
         check_run(recipe)

@@ -16,6 +16,8 @@ from rollouts import Filters
 from rollouts.distribution import drawn_log_probs
 from sail_rl.config_grpo import GrpoSection
 
+IMPOSSIBLE = -1e9  # below the log-probability of any token that can be drawn
+
 
 class PolicyTerms(NamedTuple):
     """How the current policy sees the sampled tokens; a tuple, since FSDP2 and ZeRO-3 find tensors in no dataclass."""
@@ -43,13 +45,13 @@ def token_log_probs(
     with torch.set_grad_enabled(train_entropy and torch.is_grad_enabled()):
         entropy_BT = entropy(all_log_probs_BTV)
     with torch.no_grad():
-        likeliest_BT = all_log_probs_BTV.argmax(-1) == tokens_BT
+        likeliest_BT = log_probs_BT >= all_log_probs_BTV.amax(-1)
     return PolicyTerms(log_probs_BT, entropy_BT, likeliest_BT)
 
 
 def entropy(log_probs_BTV: torch.Tensor) -> torch.Tensor:
     """Of the distribution of each token. What cannot be drawn adds nothing, to the gradient neither."""
-    finite_BTV = log_probs_BTV.masked_fill(log_probs_BTV == -torch.inf, 0.0)
+    finite_BTV = log_probs_BTV.clamp(min=IMPOSSIBLE)
     return -(log_probs_BTV.exp() * finite_BTV).sum(-1)
 
 

@@ -20,6 +20,7 @@ from sail_rl.data.example import BadRow, Example, conversation
 from sail_rl.data.packing import idle_group, needs_picture
 from sail_rl.data.prompting import make_prompt
 from sail_rl.model.cpu_linear import OneDnnLinear, use_onednn
+from sail_rl.model.cpu_passes import use_fewer_passes
 from sail_rl.model.load import PARTS, TINY, freeze, load_model
 from sail_rl.model.tiny_qwen3_vl import END, PICTURE, START, VIDEO
 from sail_rl.policy import token_terms
@@ -158,6 +159,8 @@ def test_a_tiny_model_survives_saving(world, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     if any(isinstance(module, OneDnnLinear) for module in world.model.modules()):
         use_onednn(model)
+    if any("forward" in vars(module) for module in world.model.modules()):
+        use_fewer_passes(model)
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert (type(model), type(processor)) == (type(world.model), type(world.processor))
     assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id

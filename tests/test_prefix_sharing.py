@@ -248,7 +248,8 @@ def test_rows_are_laid_out_as_told():
     two = Group(Prompt("", [4]), [[30]], [4.0], trained=False)
     row = pack([one, two], share=True)
     assert row["input_ids_RT"].tolist() == [[1, 2, 3, 10, 11, 20, 4, 30]]
-    assert row["segments"] == (Segment(3), Segment(2, 0), Segment(1, 0), Segment(2))  # a sole reader's prompt is its own
+    # A sole reader's prompt is one segment with it.
+    assert row["segments"] == (Segment(3), Segment(2, 0), Segment(1, 0), Segment(2))
     assert row["predictors_N"].tolist() == [2, 3, 2, 6]
     assert row["readers_RT"].tolist() == [[2, 2, 2, 1, 1, 1, 0, 0]]
     row = pack([one, two], share=False)

@@ -15,6 +15,7 @@ from sail_rl.command_line import BadInput
 from sail_rl.config_data import ModelSection
 from sail_rl.data.pictures import picture_row
 from sail_rl.model.cpu_linear import is_faster_here, use_onednn
+from sail_rl.model.cpu_passes import use_fewer_passes
 from sail_rl.model.liger import require_liger, use_liger
 from sail_rl.model.lora import add_adapters
 from sail_rl.model.parts import PARTS
@@ -55,6 +56,8 @@ def load_model(section: ModelSection, seed: int):
     if section.use_liger_kernel:
         require_liger()
         use_liger(model)
+    else:
+        use_fewer_passes(model)
     if section.lora:
         add_adapters(model, section.lora, PARTS, str(section.path), seed)
     if is_faster_here():

@@ -1,0 +1,56 @@
+"""Sides of a comparison in turn, each in a process of its own, as a trainer is.
+
+In one process what one side frees is what the next is given, and that changes how fast both are. A step right after
+somebody else's turn finds its memory cold, which would count most against the side whose steps are shortest; so a turn
+is as many steps as fit into the same few seconds, and at least one.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
+from statistics import fmean
+from typing import Any
+
+from benchmarks.common import prepare_process
+
+SECONDS = 4.0
+Figures = dict[str, float]
+steps: list[Callable[[], Figures]] = []  # the one of this process
+
+
+def take_turns(sides: Mapping[str, Sequence[Any]], rounds: int, warm_up: int = 1) -> dict[str, list[Figures]]:
+    """The means of each side's turns. A side is a function that makes a step, and its arguments; a step returns what it
+    measured by name."""
+    with ExitStack() as stack:
+        players = {name: stack.enter_context(own_process()) for name in sides}
+        for name, (make_step, *arguments) in sides.items():
+            players[name].submit(begin, make_step, arguments, warm_up).result()
+        turns: dict[str, list[Figures]] = {name: [] for name in sides}
+        for _ in range(rounds):
+            for name, player in players.items():
+                turns[name].append(player.submit(one_turn).result())
+                print(f"{name}: { {key: round(value, 2) for key, value in turns[name][-1].items()} }", flush=True)
+    return turns
+
+
+def own_process() -> ProcessPoolExecutor:
+    """A fresh process that stays until the end."""
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+
+def begin(make_step: Callable[..., Callable[[], Figures]], arguments: Sequence[Any], warm_up: int) -> None:
+    """In the side's process: make ready, and warm up."""
+    prepare_process()
+    steps[:] = [make_step(*arguments)]
+    for _ in range(warm_up):
+        steps[0]()
+
+
+def one_turn() -> Figures:
+    """In the side's process: steps for some seconds, and the means of what they measured."""
+    began, figures = time.perf_counter(), [steps[0]()]
+    while time.perf_counter() - began < SECONDS:
+        figures.append(steps[0]())
+    return {name: fmean(one[name] for one in figures) for name in figures[0]}

@@ -1,0 +1,104 @@
+"""A model's RMS norms and gated feed-forward layers on a CPU, in fewer passes over memory.
+
+torch computes both one operation at a time, and such a pass costs a CPU about as much as a fifth of a product of the
+same layer. Here are their values and gradients written out by hand, in place where nobody reads what was there; less is
+kept for the gradient, too. On a GPU `liger.py` has kernels for this. Suffixes: _R rows, _D width.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch.nn.functional import silu
+
+from sail_rl.model.liger import is_gated_silu
+
+
+def use_fewer_passes(model: Any) -> None:
+    """In every RMS norm and gated layer of tower and language model; on other devices they do what they did."""
+    for module in model.base_model.modules():
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            module.forward = MethodType(root_mean_square_norm, module)
+        elif is_gated_silu(module):
+            module.forward = MethodType(gated_silu, module)
+
+
+def use_all_passes(model: Any) -> None:
+    """Undo `use_fewer_passes`."""
+    for module in model.base_model.modules():
+        if getattr(module.__dict__.get("forward"), "__func__", None) in (root_mean_square_norm, gated_silu):
+            del module.forward
+
+
+def root_mean_square_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """In place of the norm's forward."""
+    if not is_plain(hidden_states) or self.weight.dtype != torch.float32:
+        return type(self).forward(self, hidden_states)
+    if not torch.is_grad_enabled():  # a token that is written is hundreds of small operations: no call too many
+        return scaled(hidden_states, self.weight, self.variance_epsilon)[0]
+    return Norm.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+def gated_silu(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """In place of the feed-forward layer's forward."""
+    if not is_plain(x):
+        return type(self).forward(self, x)
+    return self.down_proj(GatedSilu.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def is_plain(inputs: torch.Tensor) -> bool:
+    """Whether they are computed as they are: not on a GPU, nor in another type of number."""
+    return inputs.device.type == "cpu" and inputs.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+class Norm(torch.autograd.Function):
+    """inputs / root of the mean of their squares * weight."""
+
+    @staticmethod
+    def forward(ctx, inputs: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """The inputs as rows: the tower's come from a convolution as columns, which all layers would go through."""
+        inputs = inputs.contiguous()
+        outputs, scale = scaled(inputs, weight_D, epsilon)
+        ctx.save_for_backward(inputs, weight_D, scale)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Of the inputs: the scaled gradient without its part along the inputs, which the norm takes out."""
+        inputs_RD, weight_D, scale_R1 = (tensor.reshape(-1, tensor.shape[-1]) for tensor in ctx.saved_tensors)
+        weight_D, gradient_RD = weight_D[0], gradients[0].reshape(inputs_RD.shape)
+        for_inputs, for_weight, _ = ctx.needs_input_grad
+        products_RD = gradient_RD * inputs_RD
+        own_D = scale_R1[:, 0] @ products_RD if for_weight else None
+        if not for_inputs:
+            return None, own_D, None
+        along_R1 = (products_RD @ weight_D)[:, None] * scale_R1.pow(3).div_(inputs_RD.shape[-1])
+        part_RD = torch.mul(inputs_RD, along_R1, out=products_RD)
+        own_RD = (gradient_RD * weight_D).mul_(scale_R1).sub_(part_RD)
+        return own_RD.reshape(gradients[0].shape), own_D, None
+
+
+def scaled(inputs: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm's outputs, and what it multiplied each row by."""
+    squares = torch.linalg.vector_norm(inputs, dim=-1, keepdim=True).square_()
+    scale = squares.div_(inputs.shape[-1]).add_(epsilon).rsqrt_()
+    return (inputs * scale).mul_(weight_D), scale
+
+
+class GatedSilu(torch.autograd.Function):
+    """silu(gate) * up, of which silu(gate) is computed again for the gradient rather than kept."""
+
+    @staticmethod
+    def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Both are outputs of linear layers."""
+        ctx.save_for_backward(gate, up)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradient of silu in place of what it is multiplied by."""
+        gate, up = ctx.saved_tensors
+        for_up = silu(gate).mul_(gradients[0])
+        for_gate = gradients[0] * up
+        torch.ops.aten.silu_backward.grad_input(for_gate, gate, grad_input=for_gate)
+        return for_gate, for_up
