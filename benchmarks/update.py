@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Timing, machine, markdown, medians, prepare_process, results_file, save, timed
+from benchmarks.common import Timing, clocked, machine, markdown, medians, prepare_process, results_file, save
 from benchmarks.turns import take_turns
 
 CELLS = ((512, 64), (1024, 128), (1024, 512), (256, 256))  # prompt, longest completion
@@ -96,7 +96,7 @@ def timed_step(variant: str, cell) -> Callable[[], dict[str, float]]:
     from benchmarks.scaled_model import make_world
 
     contestant = make_contestant(variant, make_world(cell))
-    return lambda: asdict(timed(contestant.step))
+    return lambda: asdict(clocked(contestant.step))
 
 
 def ratios(seconds: dict[str, float], name: str) -> dict[str, float | None]:

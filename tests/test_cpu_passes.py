@@ -130,7 +130,8 @@ def test_a_model_keeps_its_log_probs_and_names(family):
     use_fewer_passes(fewer)
     fewer = copy.deepcopy(fewer)
     norms = [module for module in fewer.modules() if type(module).__name__.endswith("RMSNorm")]
-    assert norms and all(module.forward.__self__ is module for module in norms)
+    assert norms
+    assert all(module.forward.__self__ is module for module in norms)
     assert list(fewer.state_dict()) == names
     with torch.no_grad():
         expected, found = (one.eval()(**tokens, **inputs).logits for one in (model, fewer))
