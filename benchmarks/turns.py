@@ -1,8 +1,8 @@
 """Sides of a comparison in turn, each in a process of its own, as a trainer is.
 
 In one process what one side frees is what the next is given, and that changes how fast both are. A step right after
-somebody else's turn finds its memory cold, which would count most against the side whose steps are shortest; so a turn
-is as many steps as fit into the same few seconds, and at least one.
+somebody else's turn finds its memory cold, and what it had freed given back. So the first step of a turn is not
+counted, and after it come as many as fit into the same few seconds.
 """
 
 import gc
@@ -51,7 +51,8 @@ def begin(make_step: Callable[..., Callable[[], Figures]], arguments: Sequence[A
 
 def one_turn() -> Figures:
     """In the side's process: steps for some seconds, and the means of what they measured."""
-    gc.collect()  # once: it takes as long as a small step, and leaves the second core cold
+    gc.collect()  # not before each step: it takes as long as a small one, and leaves the second core cold
+    steps[0]()
     began, figures = time.perf_counter(), [steps[0]()]
     while time.perf_counter() - began < SECONDS:
         figures.append(steps[0]())
