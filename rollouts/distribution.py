@@ -32,7 +32,8 @@ def drawn_log_probs(
         logits_RV = logits_RV.index_fill(-1, columns, -torch.inf)
     if filters and seen_RV is not None:
         logits_RV = torch.where(seen_RV, penalised(logits_RV, filters.repetition_penalty), logits_RV)
-    logits_RV = logits_RV / (temperature or 1.0)
+    if temperature not in (0, 1):  # a pass over all logits, and another one for the gradient
+        logits_RV = logits_RV / temperature
     if filters and filters.cut and temperature:
         cut_RV = cut_off(logits_RV.detach(), filters)
         if drawn_R is not None:
