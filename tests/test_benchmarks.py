@@ -183,12 +183,19 @@ def test_medians_and_tables():
     assert markdown([{"a": 1.234, "b": None}], {"a": "first", "b": "second"}).splitlines()[-1] == "| 1.23 | - |"
 
 
+def in_this_process(sides, rounds, warm_up):
+    """The sides' steps, which see what a test has changed."""
+    made = {name: make_step(*arguments) for name, (make_step, *arguments) in sides.items()}
+    return {name: [own() for _ in range(rounds + warm_up)][warm_up:] for name, own in made.items()}
+
+
 def test_a_whole_step_of_both_sides(monkeypatch, tmp_path):
     """The long prompts, from pictures in files to the optimizer step."""
     monkeypatch.setattr(step, "SHORT_RESULTS", tmp_path)
     monkeypatch.setattr(step, "LONG_PROMPT", 256)
     monkeypatch.setattr(step, "LONG_COMPLETION", 4)
-    row = step.measure("long prompts", step.long_task(short=True), rounds=2)
+    monkeypatch.setattr(step, "take_turns", in_this_process)
+    row = step.measure("long prompts", step.long_task, short=True, vllm=False)
     assert row["rollouts"] == 16
     for phases in row["seconds"].values():
         assert phases.keys() == {"rollout", "reward", "update"}

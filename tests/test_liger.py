@@ -13,6 +13,7 @@ from torch.nn.functional import silu
 from sail_rl.batch import make_batch
 from sail_rl.command_line import BadInput
 from sail_rl.config_data import ModelSection
+from sail_rl.model.cpu_passes import use_all_passes
 from sail_rl.model.liger import ROTARY, require_liger, use_liger
 from sail_rl.model.load import load_model
 from sail_rl.policy import token_terms
@@ -66,6 +67,7 @@ def test_log_probs_and_gradients_stay(calls, family):
     else:
         world = make_world(family)
         model, batch = world.model, make_batch(world.groups(world.generate(world.prompts)))
+    use_all_passes(model)  # as transformers computes, in the order that the functions above have
     expected, expected_gradients = terms_and_gradients(model, batch)
     changed = copy.deepcopy(model)
     use_liger(changed)

@@ -31,9 +31,11 @@ def use_all_passes(model: Any) -> None:
 
 
 def root_mean_square_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """In place of the norm's forward."""
+    """In place of the norm's forward. The inputs are taken as rows: the tower's come from a convolution as columns,
+    which all of its layers would go through."""
     if not is_plain(hidden_states) or self.weight.dtype != torch.float32:
         return type(self).forward(self, hidden_states)
+    hidden_states = hidden_states.contiguous()
     if not torch.is_grad_enabled():  # a token that is written is hundreds of small operations: no call too many
         return scaled(hidden_states, self.weight, self.variance_epsilon)[0]
     return Norm.apply(hidden_states, self.weight, self.variance_epsilon)
@@ -56,8 +58,7 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, inputs: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
-        """The inputs as rows: the tower's come from a convolution as columns, which all layers would go through."""
-        inputs = inputs.contiguous()
+        """The inputs and what they were multiplied by are kept."""
         outputs, scale = scaled(inputs, weight_D, epsilon)
         ctx.save_for_backward(inputs, weight_D, scale)
         return outputs
