@@ -80,8 +80,9 @@ def our_contestant(
     `policy` is trained itself; without it a copy of the world's model is.
     """
     recipe = our_recipe(mode, trainer or {})
-    policy = copy.deepcopy(world.model) if policy is None else policy
-    use_fewer_passes(policy)  # as `load_model` does
+    if policy is None:
+        policy = copy.deepcopy(world.model)
+        use_fewer_passes(policy)  # as `load_model` does
     prepare_for_training(policy, recipe.trainer.gradient_checkpointing)
     run = Run(recipe, Path(recipe.output_dir), accelerator or Accelerator(cpu=True), shard or Shard())
     model, optimizer = run.accelerator.prepare(Policy(policy, attention), optimizer_of(policy, recipe.optim))

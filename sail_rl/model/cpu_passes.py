@@ -1,8 +1,7 @@
 """A model's RMS norms and gated feed-forward layers on a CPU, in fewer passes over memory.
 
-torch computes both one operation at a time, and such a pass costs a CPU about as much as a fifth of a product of the
-same layer. Here are their values and gradients written out by hand, in place where nobody reads what was there; less is
-kept for the gradient, too. On a GPU `liger.py` has kernels for this. Suffixes: _R rows, _D width.
+torch computes both one operation at a time. Here are their values and gradients written out by hand, in place where
+nobody reads what was there; less is kept for the gradient, too. On a GPU `liger.py` has kernels for this. Suffixes: _R rows, _D width.
 """
 
 from types import MethodType
