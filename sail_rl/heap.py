@@ -7,8 +7,8 @@ NEVER, HIGHEST = 2**31 - 1, 2**25  # bytes; glibc takes no higher threshold for 
 
 
 def keep_freed_memory() -> None:
-    """Left alone, glibc hands memory back to the system after a step and asks for it in the next, page by page. A process
-    still ends up with no more than its largest step needs."""
+    """Left alone, glibc hands memory back to the system after a step and asks for it in the next, page by page. A
+    process still ends up with no more than its largest step needs."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library, which has other ways

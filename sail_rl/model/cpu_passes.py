@@ -1,7 +1,8 @@
 """A model's RMS norms and gated feed-forward layers on a CPU, in fewer passes over memory.
 
 torch computes both one operation at a time. Here are their values and gradients written out by hand, in place where
-nobody reads what was there; less is kept for the gradient, too. On a GPU `liger.py` has kernels for this. Suffixes: _R rows, _D width.
+nobody reads what was there; less is kept for the gradient, too. On a GPU `liger.py` has kernels for this.
+Suffixes: _R rows, _D width.
 """
 
 from types import MethodType
