@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
+from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -16,12 +17,14 @@ from rollouts.hf import HFEngine
 from sail_rl.command_line import load_recipe
 from sail_rl.config import GrpoRecipe
 from sail_rl.eval import evaluate, share
+from sail_rl.model.cpu_linear import use_torch
+from sail_rl.model.cpu_passes import use_all_passes
 from sail_rl.model.load import image_token_ids, load_model
 from sail_rl.questions import question_stream
 
 RECIPE = Path("recipes/quickstart.yaml")
 STEPS, SHORT_STEPS = 60, 10
-EVAL_EVERY = 10
+EVAL_EVERY, QUESTIONS = 4, 1000
 Point = dict[str, Any]
 
 
@@ -48,7 +51,7 @@ def kept_points(side: str, run: Callable[..., list[Point]], start: Path, seed: i
 
 def our_points(folder: Path, start: Path, seed: int, steps: int) -> list[Point]:
     """Of the real command, from the files of its run."""
-    overrides = [f"seed={seed}", f"model={start}", f"output_dir={folder}", f"trainer.eval_every={EVAL_EVERY}"]
+    overrides = [*of_run(folder, start, seed), f"trainer.eval_every={EVAL_EVERY}"]
     launch("sail_rl/train_grpo.py", str(RECIPE), steps, *overrides)
     summary = json.loads((folder / "summary.json").read_text())
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -62,6 +65,11 @@ def our_points(folder: Path, start: Path, seed: int, steps: int) -> list[Point]:
     return points
 
 
+def of_run(folder: Path, start: Path, seed: int) -> list[str]:
+    """What differs from the quickstart's recipe."""
+    return [f"seed={seed}", f"model={start}", f"output_dir={folder}", f"data.eval.rows={QUESTIONS}"]
+
+
 def point(recipe: GrpoRecipe, step: int, accuracy: float | None, seconds: float) -> Point:
     """One point of a curve."""
     rollouts = step * recipe.rollout.prompts_per_step * recipe.rollout.num_generations
@@ -70,9 +78,10 @@ def point(recipe: GrpoRecipe, step: int, accuracy: float | None, seconds: float)
 
 def trl_points(folder: Path, start: Path, seed: int, steps: int) -> list[Point]:
     """Of `GRPOTrainer.train()`, from the same checkpoint, on the same questions in the same order."""
-    overrides = [f"seed={seed}", f"model={start}", f"output_dir={folder}", f"trainer.max_steps={steps}"]
-    recipe = load_recipe(GrpoRecipe, RECIPE, overrides)
+    recipe = load_recipe(GrpoRecipe, RECIPE, [*of_run(folder, start, seed), f"trainer.max_steps={steps}"])
     model, processor = load_model(recipe.model, seed)
+    use_torch(model)
+    use_all_passes(model)
     run = new_run(recipe)
     questions = question_stream(run, "train", processor).next_items(steps * recipe.rollout.prompts_per_step)
     task = Task(recipe, model, processor, recipe.rollout.prompts_per_step * recipe.rollout.num_generations)
@@ -108,15 +117,24 @@ class Recorder(TrainerCallback):
 
 
 def curve_table(points: Sequence[Point]) -> str:
-    """Mean and spread of the accuracy over the seeds, and seconds of training until then."""
-    lines = []
-    for rollouts in dict.fromkeys(point["rollouts"] for point in points):
-        line: dict[str, Any] = {"rollouts": rollouts}
-        for side in ("ours", "trl"):
-            here = [point for point in points if (point["rollouts"], point["side"]) == (rollouts, side)]
-            accuracies = [point["accuracy"] for point in here]
-            spread = stdev(accuracies) if len(accuracies) > 1 else 0.0
-            line[side] = f"{mean(accuracies):.3f} ± {spread:.3f}"
-            line[f"{side} seconds"] = mean(point["seconds"] for point in here)
-        lines.append(line)
-    return f"Greedy accuracy on unseen questions.\n\n{markdown(lines, {name: name for name in lines[0]})}"
+    """A line for each number of rollouts."""
+    numbers = dict.fromkeys(point["rollouts"] for point in points)
+    lines = [curve_line([point for point in points if point["rollouts"] == number]) for number in numbers]
+    return f"Greedy accuracy on {QUESTIONS} unseen questions.\n\n{markdown(lines, {name: name for name in lines[0]})}"
+
+
+def curve_line(points: Sequence[Point]) -> dict[str, Any]:
+    """Mean and spread over the seeds, how far the sides are apart, and seconds of training until then."""
+    line: dict[str, Any] = {"rollouts": points[0]["rollouts"]}
+    means, variance_of_difference = [], 0.0
+    for side in ("ours", "trl"):
+        here = [point for point in points if point["side"] == side]
+        accuracies = [point["accuracy"] for point in here]
+        spread = stdev(accuracies) if len(accuracies) > 1 else 0.0
+        means.append(mean(accuracies))
+        variance_of_difference += spread**2 / len(accuracies)
+        line[side] = f"{means[-1]:.3f} ± {spread:.3f}"
+        line[f"{side} seconds"] = mean(point["seconds"] for point in here)
+    line["difference"] = f"{means[0] - means[1]:+.3f}"
+    line["two standard errors"] = f"{2 * sqrt(variance_of_difference):.3f}"
+    return line

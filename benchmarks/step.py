@@ -4,7 +4,7 @@
 
 Three tasks: the quickstart from its SFT start, whose prompts have 31 tokens and whose tower is small; its pictures read
 by the model of update.py, random weights with the 2B's shares of tower and head; and long prompts for it. `--curve`
-instead trains the quickstart with both, on three seeds, and compares greedy accuracy on 300 unseen questions over the
+instead trains the quickstart with both, on three seeds, and compares greedy accuracy on 1,000 unseen questions over the
 number of rollouts. Our linear layers multiply by oneDNN where MKL is slow (sail_rl/model/cpu_linear.py); a third side
 shows ours without. With `--engine vllm` both sides write with vLLM in this process, in bfloat16, which is all that TRL
 has, and completions have one length; ours in float32 is measured beside it. TRL 1.16 would not run so here: what is

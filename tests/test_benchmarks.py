@@ -2,6 +2,7 @@
 
 import copy
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -214,6 +215,7 @@ def test_learning_curves(monkeypatch, tmp_path, start):
     from benchmarks import learning_curve
 
     monkeypatch.setattr(learning_curve, "EVAL_EVERY", 1)
+    monkeypatch.setattr(learning_curve, "QUESTIONS", 200)
     monkeypatch.setattr(learning_curve, "SHORT_RESULTS", tmp_path)
     monkeypatch.setattr(learning_curve, "SHORT_STEPS", 2)
     monkeypatch.setattr(learning_curve, "sft_start", lambda seed, short: start)
@@ -223,6 +225,43 @@ def test_learning_curves(monkeypatch, tmp_path, start):
     assert points[0]["accuracy"] == points[3]["accuracy"]  # the same model, questions and judge
     assert learning_curve.curve([3], short=True) == points  # from the files
     assert "| 256 |" in learning_curve.curve_table(points)
+
+
+def test_how_far_two_curves_are_apart():
+    """Three seeds by hand; the noise is that of a difference of two means."""
+    from benchmarks.learning_curve import curve_line
+
+    accuracies = {"ours": (0.5, 0.6, 0.7), "trl": (0.4, 0.6, 0.8)}
+    points = [
+        {"side": side, "rollouts": 512, "accuracy": accuracy, "seconds": 3.0}
+        for side, three in accuracies.items()
+        for accuracy in three
+    ]
+    line = curve_line(points)
+    assert (line["ours"], line["trl"], line["difference"]) == ("0.600 ± 0.100", "0.600 ± 0.200", "+0.000")
+    assert float(line["two standard errors"]) == pytest.approx(2 * (0.05 / 3) ** 0.5, abs=1e-3)
+
+
+def test_table_of_the_quickstart_s_time():
+    """Each run, a median of each code, and how many times faster it is now."""
+    from benchmarks.quickstart_time import table
+
+    rows = [{"code": code, "grpo": seconds} for code, seconds in [("before", 8.0), ("now", 2.0), ("before", 4.0)]]
+    lines = table({"before": "5cd1344", "rows": rows}).splitlines()
+    assert lines[-3:] == ["| before, median | 6.00 |", "| now, median | 2.00 |", "| before / now | 3.00 |"]
+
+
+@pytest.mark.slow
+def test_the_quickstart_s_time(tmp_path):
+    """The short form against the last commit; the worktree it made is gone afterwards."""
+    result = command("benchmarks/quickstart_time.py", "HEAD", "--short", "--json", tmp_path / "time.json")
+    assert result.returncode == 0, result.stderr[-5000:]
+    rows = json.loads((tmp_path / "time.json").read_text())["rows"]
+    assert [row["code"] for row in rows] == ["before", "now"]
+    for row in rows:
+        assert all(0 < row[f"{stage} training"] < row[f"{stage} command"] for stage in ("sft", "grpo"))
+    trees = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True, check=True).stdout
+    assert "/before" not in trees
 
 
 @pytest.mark.slow
