@@ -49,8 +49,10 @@ def gated_silu(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def is_plain(inputs: torch.Tensor) -> bool:
-    """Whether they are computed as they are: not on a GPU, nor in another type of number."""
-    return inputs.device.type == "cpu" and inputs.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    """Whether they are computed as they are: not on a GPU, in another type of number, or by torch.compile, which saves
+    passes of its own, and which in torch 2.11 takes a wrong gradient from functions such as these."""
+    as_they_are = inputs.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return inputs.device.type == "cpu" and as_they_are and not torch.compiler.is_compiling()
 
 
 class Norm(torch.autograd.Function):
