@@ -6,6 +6,7 @@ counted, and after it come as many as fit into the same few seconds.
 """
 
 import gc
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.common import prepare_process
+from rewards.worker import end_with
 
 SECONDS = 4.0
 Figures = dict[str, float]
@@ -37,8 +39,8 @@ def take_turns(sides: Mapping[str, Sequence[Any]], rounds: int, warm_up: int = 1
 
 
 def own_process() -> ProcessPoolExecutor:
-    """A fresh process that stays until the end."""
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    """A fresh process that stays until the end, also until an untimely one of this process."""
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with, initargs=(os.getpid(),))
 
 
 def begin(make_step: Callable[..., Callable[[], Figures]], arguments: Sequence[Any], warm_up: int) -> None:

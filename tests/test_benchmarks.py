@@ -2,9 +2,12 @@
 
 import copy
 import json
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,6 +228,22 @@ def test_learning_curves(monkeypatch, tmp_path, start):
     assert points[0]["accuracy"] == points[3]["accuracy"]  # the same model, questions and judge
     assert learning_curve.curve([3], short=True) == points  # from the files
     assert "| 256 |" in learning_curve.curve_table(points)
+
+
+def test_sides_end_with_a_benchmark_that_is_killed(tmp_path):
+    """They held gigabytes each until someone noticed."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal\nfrom benchmarks.turns import own_process\nif __name__ == '__main__':\n"
+        "    print(own_process().submit(os.getpid).result(), flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    result = command(script)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    command_line = Path(f"/proc/{result.stdout.strip()}/cmdline")  # empty once it has ended and nobody has asked how
+    deadline = time.monotonic() + 30
+    while (is_there := command_line.exists() and command_line.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_there
 
 
 def test_how_far_two_curves_are_apart():
