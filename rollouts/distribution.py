@@ -19,9 +19,20 @@ def drawn_log_probs(
     suppressed: Sequence[int] = (),
     filters: Filters | None = None,
     seen_RV: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[R, V] log-probabilities in float32, -inf for what cannot be drawn; at temperature 0 nothing is cut off."""
+    return torch.log_softmax(drawn_logits(logits_RV, temperature, suppressed, filters, seen_RV), dim=-1)
+
+
+def drawn_logits(
+    logits_RV: torch.Tensor,
+    temperature: float,
+    suppressed: Sequence[int] = (),
+    filters: Filters | None = None,
+    seen_RV: torch.Tensor | None = None,
     drawn_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[R, V] log-probabilities in float32, -inf for what cannot be drawn; at temperature 0 nothing is cut off.
+    """[R, V] what the log-probabilities are a log-softmax of.
 
     `seen_RV` says which tokens a repetition penalty falls on. `drawn_R` are tokens that stay whatever is cut off: when
     logits are computed again, rounding may put one of them across the edge.
@@ -39,7 +50,7 @@ def drawn_log_probs(
         if drawn_R is not None:
             cut_RV = cut_RV.scatter(-1, drawn_R[..., None], False)
         logits_RV = logits_RV.masked_fill(cut_RV, -torch.inf)
-    return torch.log_softmax(logits_RV, dim=-1)
+    return logits_RV
 
 
 def draw(log_probs_RV: torch.Tensor, uniforms_R: torch.Tensor, temperature: float) -> torch.Tensor:

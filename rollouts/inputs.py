@@ -51,7 +51,8 @@ def stack_model_inputs(prompts: Sequence[Prompt], completion_width: int = 0) -> 
     """What the model reads beside the tokens of left-padded prompts and of `completion_width` tokens after them."""
     inputs = {}
     for name in dict.fromkeys(name for prompt in prompts for name in prompt.model_inputs):
-        inputs[name] = torch.cat([p.model_inputs[name] for p in prompts if name in p.model_inputs])
+        parts = [p.model_inputs[name] for p in prompts if name in p.model_inputs]
+        inputs[name] = torch.cat(parts) if len(parts) > 1 else parts[0]  # pixels of one prompt are not copied
     for name in dict.fromkeys(name for prompt in prompts for name in prompt.token_inputs):
         values_BT = pad_left([p.token_inputs.get(name, [0] * len(p.token_ids)) for p in prompts], 0)
         inputs[name] = torch.nn.functional.pad(values_BT, (0, completion_width))

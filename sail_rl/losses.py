@@ -7,13 +7,13 @@ name in `config_grpo.GrpoSection.loss_type`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from rollouts import Filters
-from rollouts.distribution import drawn_log_probs
+from rollouts.distribution import drawn_logits
 from sail_rl.config_grpo import GrpoSection
 
 IMPOSSIBLE = -1e9  # below the log-probability of any token that can be drawn
@@ -40,19 +40,36 @@ def token_log_probs(
     train_entropy: bool = False,
 ) -> PolicyTerms:
     """Log-probability of each token and entropy of its distribution, in float32, as the sampler drew it."""
-    all_log_probs_BTV = drawn_log_probs(logits_BTV, temperature, suppressed_token_ids, filters, seen_BTV, tokens_BT)
-    log_probs_BT = all_log_probs_BTV.gather(-1, tokens_BT[..., None])[..., 0]
-    with torch.set_grad_enabled(train_entropy and torch.is_grad_enabled()):
-        entropy_BT = entropy(all_log_probs_BTV)
-    with torch.no_grad():
-        likeliest_BT = log_probs_BT >= all_log_probs_BTV.amax(-1)
-    return PolicyTerms(log_probs_BT, entropy_BT, likeliest_BT)
+    logits_BTV = drawn_logits(logits_BTV, temperature, suppressed_token_ids, filters, seen_BTV, tokens_BT)
+    return PolicyTerms(*TermsOfLogits.apply(logits_BTV, tokens_BT, train_entropy))
 
 
-def entropy(log_probs_BTV: torch.Tensor) -> torch.Tensor:
-    """Of the distribution of each token. What cannot be drawn adds nothing, to the gradient neither."""
-    finite_BTV = log_probs_BTV.clamp(min=IMPOSSIBLE)
-    return -(log_probs_BTV.exp() * finite_BTV).sum(-1)
+class TermsOfLogits(torch.autograd.Function):
+    """All terms from one softmax and in few passes over the vocabulary; of these the gradient needs the probabilities,
+    and the log-probabilities too if it is to reach the entropy."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_BTV: torch.Tensor, tokens_BT: torch.Tensor, train_entropy: bool) -> Sequence:
+        all_BTV = torch.log_softmax(logits_BTV, dim=-1)
+        log_probs_BT = all_BTV.gather(-1, tokens_BT[..., None])[..., 0]
+        likeliest_BT = log_probs_BT >= all_BTV.amax(-1)
+        probs_BTV = all_BTV.exp()
+        all_BTV.clamp_(min=IMPOSSIBLE)  # what cannot be drawn adds nothing to the entropy, to its gradient neither
+        entropy_BT = -(all_BTV * probs_BTV if train_entropy else all_BTV.mul_(probs_BTV)).sum(-1)
+        ctx.save_for_backward(tokens_BT, probs_BTV, *((all_BTV, entropy_BT) if train_entropy else ()))
+        ctx.mark_non_differentiable(likeliest_BT, *(() if train_entropy else (entropy_BT,)))
+        return log_probs_BT, entropy_BT, likeliest_BT
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        tokens_BT, probs_BTV, *of_entropy = ctx.saved_tensors
+        for_log_probs_BT1, for_entropy_BT1, _ = (gradient[..., None] for gradient in gradients)
+        d_logits_BTV = probs_BTV * -for_log_probs_BT1
+        d_logits_BTV.scatter_add_(-1, tokens_BT[..., None], for_log_probs_BT1)
+        if of_entropy:
+            all_BTV, entropy_BT = of_entropy
+            d_logits_BTV -= probs_BTV * (all_BTV + entropy_BT[..., None]) * for_entropy_BT1
+        return d_logits_BTV, None, None
 
 
 def loss_normaliser(loss_type: str, lengths: Sequence[int], max_completion_length: int) -> float:

@@ -120,6 +120,11 @@ def test_every_row_has_its_own_pictures():
     assert pixels[:, 0, 0, 0].tolist() == [1.0] * 4 + [5.0] * 3
 
 
+def test_pixels_of_a_single_prompt_are_not_copied():
+    alone = group(2, (1, 1), model_inputs=picture(2, 1.0))
+    assert make_batch([alone], "shared").model_inputs["pixel_values"] is alone.prompt.model_inputs["pixel_values"]
+
+
 def test_moving_a_batch_moves_every_tensor():
     moved = make_batch([group(model_inputs=picture())]).to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]

@@ -10,7 +10,7 @@ import torch
 from tiny_models import FILTERS, dense, groups, processor_for_questions
 
 from rollouts import Filters, Sampling
-from rollouts.distribution import drawn_log_probs, first_places
+from rollouts.distribution import drawn_log_probs, drawn_logits, first_places
 from rollouts.hf import HFEngine
 from sail_rl.batch import Group
 from sail_rl.config import GrpoRecipe
@@ -70,7 +70,7 @@ def test_edges():
 
 def test_a_drawn_token_is_never_cut_and_tokens_cut_off_have_no_gradient():
     logits_RV = torch.tensor([[3.0, 2.0, 1.0, 0.0]], requires_grad=True)
-    log_probs_RV = drawn_log_probs(logits_RV, 1.0, filters=Filters(top_k=2), drawn_R=torch.tensor([3]))
+    log_probs_RV = drawn_logits(logits_RV, 1.0, filters=Filters(top_k=2), drawn_R=torch.tensor([3])).log_softmax(-1)
     expected = torch.tensor([[3.0, 2.0, -torch.inf, 0.0]]).log_softmax(-1)
     assert torch.allclose(log_probs_RV, expected)
     log_probs_RV[0, 0].backward()

@@ -7,6 +7,7 @@ import torch
 
 from sail_rl.config import GrpoSection
 from sail_rl.losses import (
+    TermsOfLogits,
     entropy_bonus,
     entropy_threshold,
     importance_weights,
@@ -347,6 +348,18 @@ def test_entropy_has_a_gradient_where_it_is_asked_for(logits_BTV, tokens_BT, mas
     assert bonus.item() == pytest.approx(expected.item(), rel=1e-5)
     assert not gradient[..., :2].any()
     assert not token_log_probs(logits_BTV, tokens_BT, 0.8, (0, 1)).entropy_BT.requires_grad
+
+
+@pytest.mark.parametrize("train_entropy", [False, True])
+def test_the_gradient_by_hand_is_the_numerical_one(logits_BTV, tokens_BT, train_entropy):
+    logits_BTV = logits_BTV.double().index_fill(-1, torch.tensor([0]), -torch.inf)
+
+    def terms(drawn_BTV: torch.Tensor) -> list[torch.Tensor]:
+        whole_BTV = torch.cat([logits_BTV[..., :1], drawn_BTV], dim=-1)
+        log_probs_BT, entropy_BT, _ = TermsOfLogits.apply(whole_BTV, tokens_BT.clamp(min=1), train_entropy)
+        return [log_probs_BT, entropy_BT * log_probs_BT] if train_entropy else [log_probs_BT]
+
+    assert torch.autograd.gradcheck(terms, logits_BTV[..., 1:].requires_grad_())
 
 
 @pytest.mark.parametrize(("top", "chosen"), [(0.2, [5, 9]), (0.5, [2, 3, 4, 5, 9]), (1.0, range(10))])

@@ -68,17 +68,15 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Of the inputs: the scaled gradient without its part along the inputs, which the norm takes out."""
-        inputs_RD, weight_D, scale_R1 = (tensor.reshape(-1, tensor.shape[-1]) for tensor in ctx.saved_tensors)
-        weight_D, gradient_RD = weight_D[0], gradients[0].reshape(inputs_RD.shape)
+        inputs, weight_D, scale = ctx.saved_tensors
         for_inputs, for_weight, _ = ctx.needs_input_grad
-        products_RD = gradient_RD * inputs_RD
-        own_D = scale_R1[:, 0] @ products_RD if for_weight else None
+        products_RD = (gradients[0] * inputs).flatten(0, -2)
+        own_D = torch.mv(products_RD.t(), scale.flatten()) if for_weight else None
         if not for_inputs:
             return None, own_D, None
-        along_R1 = (products_RD @ weight_D)[:, None] * scale_R1.pow(3).div_(inputs_RD.shape[-1])
-        part_RD = torch.mul(inputs_RD, along_R1, out=products_RD)
-        own_RD = (gradient_RD * weight_D).mul_(scale_R1).sub_(part_RD)
-        return own_RD.reshape(gradients[0].shape), own_D, None
+        along = torch.mv(products_RD, weight_D).view(scale.shape) * scale.square()
+        own = (gradients[0] * weight_D).addcmul_(inputs, along, value=-1 / inputs.shape[-1]).mul_(scale)
+        return own, own_D, None
 
 
 def scaled(inputs: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:

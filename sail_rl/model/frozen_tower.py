@@ -28,8 +28,7 @@ def has_frozen_tower(model: nn.Module) -> bool:
 def features_kept(model: nn.Module, features: list[Any] | None) -> Iterator[None]:
     """Within it, one forward pass of `model`: what its tower gives is put into `features`, or taken from there if an
     earlier pass over the same pictures has left it. None: the tower computes, as always."""
-    tower = vision_tower(model)
-    if features is None or tower is None:
+    if features is None or (tower := vision_tower(model)) is None:
         yield
         return
     compute, known, is_its_own = tower.forward, iter(tuple(features)), "forward" in vars(tower)

@@ -23,7 +23,7 @@ def find_routers(model: nn.Module) -> list[tuple[nn.Module, int]]:
     found = [note["router_logits"] for note in notes if isinstance(note.get("router_logits"), OutputRecorder)]
     # A router that is a plain linear layer could not be told from the others.
     places = {recorder.target_class: recorder.index for recorder in found if recorder.target_class is not nn.Linear}
-    return [(module, places[type(module)]) for module in model.modules() if type(module) in places]
+    return [(module, places[type(module)]) for module in model.modules() if type(module) in places] if places else []
 
 
 @contextmanager
