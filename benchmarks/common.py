@@ -34,11 +34,13 @@ class Timing:
 
 def prepare_process() -> None:
     """The same threads for everybody; call it before torch is imported."""
-    from sail_rl.heap import keep_freed_memory
+    from sail_rl.heap import ask_for_large_pages, keep_freed_memory
     from sail_rl.threads import wait_briefly
 
-    wait_briefly()  # as a run does, and the next line too
+    # As a run does, which begins again for the pages: here they are those of the sides' own processes.
+    wait_briefly()
     keep_freed_memory()
+    ask_for_large_pages()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     import torch

@@ -1,6 +1,6 @@
 """One policy update: ours in every mode against TRL 1.16's GRPOTrainer, on the same weights and rollouts.
 
-    python benchmarks/update.py [--short] [--groups N] [--json PATH]      (half an hour on two cores)
+    python benchmarks/update.py [--short] [--groups N] [--json PATH]      (a quarter of an hour on two quiet cores)
 
 A scaled-down SAIL-VL2-2B in float32, eight completions per prompt. Timed are the log-probabilities, loss, backward,
 clip and optimizer step; everything before, such as processing pictures, is not. Every cell first checks that all
@@ -21,7 +21,7 @@ from benchmarks.turns import take_turns
 
 CELLS = ((512, 64), (1024, 128), (1024, 512), (256, 256))  # prompt, longest completion
 SHORT_CELLS = CELLS[:1]
-ROUNDS, SHORT_ROUNDS = 9, 1  # a shared machine speeds up and slows down within minutes
+ROUNDS, SHORT_ROUNDS = 5, 1
 OURS = "shared"  # what `update.mode: auto` takes for this model
 COLUMNS = {
     "prompt": "prompt",

@@ -7,6 +7,7 @@ from functools import partial
 
 from sail_rl.command_line import BadInput, parse_command_line
 from sail_rl.config import SftRecipe
+from sail_rl.heap import use_large_pages
 from sail_rl.launch import run_recipe
 
 
@@ -104,4 +105,5 @@ def train(recipe: SftRecipe) -> None:
 
 
 if __name__ == "__main__":
+    use_large_pages()
     run_recipe(train, parse_command_line(SftRecipe, __doc__))
