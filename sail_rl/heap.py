@@ -28,7 +28,8 @@ def use_large_pages() -> None:
     What is read once and then not for a while, as weights, gradients and moments are by an optimizer step, takes two to
     three times as long in pages of 4 KiB. glibc asks for large ones if a variable says so when a program begins.
     """
-    if ask_for_large_pages() and sys.gettrace() is None:  # a debugger would lose sight of it
+    as_a_script = sys.orig_argv[-len(sys.argv) :] == sys.argv  # else nobody knows how to begin it again
+    if as_a_script and sys.gettrace() is None and ask_for_large_pages():  # a debugger would lose sight of it
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

@@ -65,3 +65,10 @@ def test_what_the_user_has_chosen_is_left_alone(tmp_path):
     large, *told = answer_of(tmp_path, {TUNABLES: "glibc.malloc.perturb=0"})
     assert told[0] == "glibc.malloc.perturb=0"
     assert int(large) < 2**28 / 2 or "[always]" in OFFER.read_text()  # without having been asked
+
+
+def test_a_program_that_is_no_script_goes_on():
+    code = "import os, sail_rl.heap as heap; heap.use_large_pages(); print(os.environ.get(heap.TUNABLES))"
+    environment = {name: value for name, value in os.environ.items() if name != TUNABLES}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    assert told.stdout == "None\n"
