@@ -25,8 +25,8 @@ def keep_freed_memory() -> None:
 def use_large_pages() -> None:
     """Begin this program again with memory in pages of 2 MiB, where Linux has them for whoever asks.
 
-    Of what is read once and then not for a while, as weights, gradients and moments are by an optimizer step, small pages
-    take longer to find than to read. glibc asks for large ones if a variable says so when a program begins.
+    Of what is read once and then not for a while, as weights, gradients and moments are by an optimizer step, small
+    pages take long to find. glibc asks for large ones if a variable says so when a program begins.
     """
     as_a_script = sys.orig_argv[-len(sys.argv) :] == sys.argv  # else nobody knows how to begin it again
     if as_a_script and sys.gettrace() is None and ask_for_large_pages():  # a debugger would lose sight of it
