@@ -8,15 +8,16 @@ counted, and after it come as many as fit into the same few seconds.
 import gc
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from statistics import fmean
 from typing import Any
 
 from benchmarks.common import prepare_process
 from rewards.worker import end_with
+from sail_rl.heap import LARGE_PAGES, TUNABLES
 
 SECONDS = 4.0
 Figures = dict[str, float]
@@ -29,13 +30,28 @@ def take_turns(sides: Mapping[str, Sequence[Any]], rounds: int, warm_up: int = 1
     with ExitStack() as stack:
         players = {name: stack.enter_context(own_process()) for name in sides}
         for name, (make_step, *arguments) in sides.items():
-            players[name].submit(begin, make_step, arguments, warm_up).result()
+            with pages_of(name):
+                players[name].submit(begin, make_step, arguments, warm_up).result()
         turns: dict[str, list[Figures]] = {name: [] for name in sides}
         for _ in range(rounds):
             for name, player in players.items():
                 turns[name].append(player.submit(one_turn).result())
                 print(f"{name}: { {key: round(value, 2) for key, value in turns[name][-1].items()} }", flush=True)
     return turns
+
+
+@contextmanager
+def pages_of(side: str) -> Iterator[None]:
+    """A process that begins meanwhile has memory as that side's trainer has: ours asks for large pages, TRL's does not,
+    and is slower with them, since it fills so much new memory."""
+    withheld = side == "trl" and os.environ.get(TUNABLES) == LARGE_PAGES
+    if withheld:
+        del os.environ[TUNABLES]
+    try:
+        yield
+    finally:
+        if withheld:
+            os.environ[TUNABLES] = LARGE_PAGES
 
 
 def own_process() -> ProcessPoolExecutor:

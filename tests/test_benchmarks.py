@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import contestants, memory, scaled_model, scaling, sft_packing, sft_sides, step, think_fusion, update
 from benchmarks.common import Timing, markdown, medians
 from benchmarks.flops import costs_of, tower_share, work_of
+from benchmarks.turns import own_process, pages_of
 from sail_rl.batch import Group, make_batch
+from sail_rl.heap import LARGE_PAGES, TUNABLES
 from sail_rl.model.sizes import sail_vl2_config
 
 pytestmark = pytest.mark.usefixtures("one_thread", "few_weights")
@@ -244,6 +247,20 @@ def test_sides_end_with_a_benchmark_that_is_killed(tmp_path):
     while (is_there := command_line.exists() and command_line.read_bytes()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_there
+
+
+def test_large_pages_are_asked_for_our_sides_alone(monkeypatch):
+    """TRL's trainer does not ask for them, and is a third slower with them."""
+    monkeypatch.setenv(TUNABLES, LARGE_PAGES)
+    told = {}
+    for side in ("trl", "shared"):
+        with pages_of(side), own_process() as process:
+            told[side] = process.submit(os.getenv, TUNABLES).result()
+        assert os.environ[TUNABLES] == LARGE_PAGES
+    assert told == {"trl": None, "shared": LARGE_PAGES}
+    monkeypatch.setenv(TUNABLES, "glibc.malloc.perturb=0")  # a user's own holds for everybody
+    with pages_of("trl"):
+        assert os.environ[TUNABLES] == "glibc.malloc.perturb=0"
 
 
 def test_how_far_two_curves_are_apart():
