@@ -250,7 +250,7 @@ def test_sides_end_with_a_benchmark_that_is_killed(tmp_path):
 
 
 def test_large_pages_are_asked_for_our_sides_alone(monkeypatch):
-    """TRL's trainer does not ask for them, and is a third slower with them."""
+    """TRL's trainer does not ask for them, and is slower with them."""
     monkeypatch.setenv(TUNABLES, LARGE_PAGES)
     told = {}
     for side in ("trl", "shared"):
